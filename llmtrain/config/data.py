@@ -1,0 +1,51 @@
+"""What a run reads."""
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat, PositiveInt, field_validator
+
+from llmtrain.config.base import Section
+
+
+class TokenizerConfig(Section):
+    """The tokenizer that made the tokens; kept with the run and its exports."""
+
+    path: str | None = None
+    """A sentencepiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one; None trains on token ids alone."""
+    kind: Literal["auto", "sentencepiece", "hf"] = "auto"
+    """Library that reads it; `auto` decides by the file."""
+
+
+class DataSource(Section):
+    """One tokenised corpus: a memory-mapped `PATH.bin` with its index `PATH.idx`."""
+
+    path: str
+    """Prefix of the `.bin` / `.idx` pair that `llmtrain data tokenize` wrote (Megatron-LM's format)."""
+    name: str | None = None
+    """Name in messages and in a phase's mix; the file's stem if not given."""
+    weight: NonNegativeFloat = 1.0
+    """Share of the samples of the mix, relative to the other sources."""
+
+
+class DataConfig(Section):
+    """Token sources, how they are blended and packed."""
+
+    train: list[DataSource] = []
+    """Sources trained on, blended by weight."""
+    validation: list[DataSource] = []
+    """Sources of the validation loss, each reported under its name."""
+    document_mask: bool = True
+    """Tokens attend within their own document only, and the token after a document's end is no target."""
+    shuffle: bool = True
+    """Shuffle documents and samples, anew each epoch, from the run's seed."""
+    cache: str | None = None
+    """Folder for the sample index; `.cache` beside the first source if not given."""
+    prefetch: PositiveInt = 4
+    """Micro-batches that a background thread reads ahead."""
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _bare_paths(cls, value):
+        if isinstance(value, str):
+            value = [value]
+        return [{"path": item} if isinstance(item, str) else item for item in value]

@@ -1,0 +1,63 @@
+"""The whole configuration of one run."""
+
+from typing import Any
+
+from pydantic import NonNegativeInt, field_validator, model_validator
+
+from llmtrain.config import train as t
+from llmtrain.config.base import Section
+from llmtrain.config.data import DataConfig, TokenizerConfig
+from llmtrain.config.model import ModelConfig
+
+
+class RunConfig(Section):
+    """Everything that defines a run; written to its folder as config.yaml."""
+
+    name: str = "run"
+    """The run's folder is output/name."""
+    output: str = "runs"
+    """Where run folders live."""
+    seed: NonNegativeInt = 1234
+    """Initial weights, shuffling and sampling follow from it."""
+    plugins: list[str] = []
+    """Modules imported at start that register model families, ops, stages or data sets."""
+    device: str = "auto"
+    """`auto` takes npu or cuda when one is usable, else cpu; or name one."""
+    model: ModelConfig = ModelConfig()
+    """The model's shape."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    data: DataConfig = DataConfig()
+    """Token sources."""
+    optim: t.OptimConfig = t.OptimConfig()
+    """The optimizer."""
+    schedule: t.ScheduleConfig = t.ScheduleConfig()
+    """The learning rate over the run."""
+    train: t.TrainConfig = t.TrainConfig()
+    """Length, batch, memory."""
+    parallel: t.ParallelConfig = t.ParallelConfig()
+    """The mesh."""
+    engine: t.EngineConfig = t.NativeEngineConfig()
+    """What runs the step; `engine: NAME` is short for `engine: {kind: NAME}`."""
+    kernels: dict[str, str] = {}
+    """Implementation per op (`llmtrain kernels` lists them); ops not named are `auto`."""
+    precision: t.PrecisionConfig = t.PrecisionConfig()
+    """Number formats."""
+    checkpoint: t.CheckpointConfig = t.CheckpointConfig()
+    """Saving and resuming."""
+    metrics: t.MetricsConfig = t.MetricsConfig()
+    """What is recorded."""
+    guards: t.GuardsConfig = t.GuardsConfig()
+    """What stops a bad step."""
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _engine_by_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> "RunConfig":
+        longest = max([p.seq_len or self.train.seq_len for p in self.train.phases], default=self.train.seq_len)
+        if self.model.position.kind == "learned" and longest > self.model.max_seq_len:
+            raise ValueError(f"sequences of {longest} tokens exceed model.max_seq_len {self.model.max_seq_len}, the number of learned positions")
+        return self

@@ -1,0 +1,250 @@
+"""How a model is trained: optimizer, schedule, phases, precision, the mesh, checkpoints, metrics, guards."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from llmtrain.config.base import Section
+
+DType = Literal["fp64", "fp32", "bf16", "fp16"]
+
+
+class OptimConfig(Section):
+    """AdamW with decoupled weight decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate, unless a phase's schedule gives its own."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay."""
+    no_decay: list[str] = ["*.bias"]
+    """Parameters without weight decay, as shell patterns over canonical names (Pangu Ultra decays its norms)."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global norm; None does not clip."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps of a phase: warm-up, then the kind's curve."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`cosine` to final_lr; `wsd`: constant, then linear to final_lr over the last decay_fraction; `constant`."""
+    lr: PositiveFloat | None = None
+    """Peak; optim.lr if not given."""
+    final_lr: NonNegativeFloat | None = None
+    """Where cosine and wsd end; a tenth of the peak if not given."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear warm-up from 0 over these steps."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the phase that wsd decays over."""
+
+
+class BatchRamp(Section):
+    """From a token count on, a batch size."""
+
+    from_tokens: NonNegativeInt
+    """Tokens of this phase after which the size holds."""
+    size: PositiveInt
+    """Sequences per optimizer step."""
+
+
+class PhaseConfig(Section):
+    """A stretch of training with its own sequence length, batch, RoPE base, schedule and mix."""
+
+    name: str | None = None
+    """Name in the metrics."""
+    tokens: PositiveInt | None = None
+    """Length in tokens, rounded up to whole steps; give this or steps."""
+    steps: PositiveInt | None = None
+    """Length in optimizer steps."""
+    seq_len: PositiveInt | None = None
+    """Tokens per sequence; train.seq_len if not given."""
+    batch: PositiveInt | list[BatchRamp] | None = None
+    """Sequences per optimizer step, or a ramp; train.global_batch if not given."""
+    micro_batch: PositiveInt | None = None
+    """Sequences per forward pass on one rank; train.micro_batch if not given."""
+    rope_base: PositiveFloat | None = None
+    """RoPE base from this phase on; model.position.base if not given."""
+    schedule: ScheduleConfig | None = None
+    """Learning rate of the phase; the run's schedule if not given."""
+    mix: dict[str, NonNegativeFloat] | None = None
+    """Weight per source name; the sources' own weights if not given."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "PhaseConfig":
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError("a phase needs exactly one of tokens and steps")
+        return self
+
+
+class TrainConfig(Section):
+    """Length and batch of the run."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps; give this, tokens or phases."""
+    tokens: PositiveInt | None = None
+    """Length in tokens, rounded up to whole steps."""
+    phases: list[PhaseConfig] = []
+    """Phases in order; each may change sequence length, batch, RoPE base, schedule and mix."""
+    seq_len: PositiveInt = 1024
+    """Tokens per sequence."""
+    global_batch: PositiveInt = 8
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    micro_batch: PositiveInt = 1
+    """Sequences per forward pass on one rank."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: nothing, all but matmuls and attention, or whole blocks recomputed in the backward pass."""
+    loss_chunk: PositiveInt = 1024
+    """Tokens whose logits exist at once in the loss; the S x V logits never exist whole."""
+    validate_every: NonNegativeInt = 0
+    """Steps between validations, 0 for none; a run with validation data always validates at its end."""
+    validate_batches: PositiveInt = 16
+    """Sequences per validation source, in global batches of micro_batch times ranks."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        given = [n for n in ("steps", "tokens") if getattr(self, n) is not None] + ["phases"] * bool(self.phases)
+        if len(given) > 1:
+            raise ValueError(f"give one of steps, tokens and phases, not {' and '.join(given)}")
+        return self
+
+
+class ParallelConfig(Section):
+    """The mesh: how many ranks along each axis."""
+
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    dp_replicate: PositiveInt = 1
+    """Replicas of the (sharded) model."""
+    dp_shard: PositiveInt | Literal[-1] = 1
+    """Ranks that share one copy of the parameters (FSDP2); -1 takes all ranks left over."""
+    cp: PositiveInt = 1
+    """Ranks that share one sequence."""
+    tp: PositiveInt = 1
+    """Ranks that share one layer."""
+    ep: PositiveInt = 1
+    """Ranks that share the experts, laid over dp_shard x cp."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after the forward pass and gather them again for the backward pass."""
+    timeout: PositiveFloat = 600.0
+    """Seconds a collective may take before the run is stopped."""
+
+
+class NativeEngineConfig(Section):
+    """PyTorch's own pieces: FSDP2, DTensor."""
+
+    kind: Literal["native"] = "native"
+    """The engine."""
+
+
+class LossScaleConfig(Section):
+    """Dynamic loss scale for fp16."""
+
+    init: PositiveFloat = 65536.0
+    """First scale."""
+    growth_every: PositiveInt = 2000
+    """Steps without overflow after which the scale doubles."""
+    min: PositiveFloat = 1.0
+    """An overflow at this scale stops the run."""
+
+
+class PrecisionConfig(Section):
+    """Number formats. `precision: bf16` is short for `{compute: bf16}`; `precision: fp64` sets all of them."""
+
+    compute: DType = "fp32"
+    """Matrix products and activations."""
+    params: Literal["fp64", "fp32"] = "fp32"
+    """Parameters as stored and updated: the master weights."""
+    reduce: DType = "fp32"
+    """Gradient reduction over ranks."""
+    accumulate: DType = "fp32"
+    """Gradient accumulation over micro-batches."""
+    optimizer: Literal["fp64", "fp32"] = "fp32"
+    """Optimizer moments."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    """Used when compute is fp16."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, values: Any) -> Any:
+        if values == "fp64":
+            return dict.fromkeys(("compute", "params", "reduce", "accumulate", "optimizer"), "fp64")
+        return {"compute": values} if isinstance(values, str) else values
+
+
+class CheckpointConfig(Section):
+    """When state is saved, and what is kept."""
+
+    every: NonNegativeInt = 100
+    """Steps between checkpoints, 0 for the last step only."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_every: PositiveInt | None = None
+    """Steps whose multiples are kept for good."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    resume: str = "auto"
+    """`auto`: the newest complete checkpoint of the run folder, if any. `none`: start anew. Else a checkpoint folder."""
+    export: Literal["none", "hf"] = "none"
+    """Also write the final weights as a Hugging Face folder."""
+
+
+class ProfileConfig(Section):
+    """A window recorded by torch.profiler."""
+
+    start: PositiveInt = 10
+    """First step recorded."""
+    steps: PositiveInt = 3
+    """Steps recorded."""
+    memory: bool = False
+    """Also write a memory snapshot (CUDA)."""
+
+
+class MetricsConfig(Section):
+    """What is written while the run goes on; metrics.jsonl always is."""
+
+    every: PositiveInt = 1
+    """Steps between lines."""
+    tensorboard: bool = False
+    """Write event files to `tb/`."""
+    wandb: str | None = None
+    """Weights & Biases project."""
+    swanlab: str | None = None
+    """SwanLab project."""
+    profile: ProfileConfig | None = None
+    """Record a window of steps."""
+    sample: str | None = None
+    """Prompt completed at the end of the run and shown in the report."""
+    sample_tokens: PositiveInt = 120
+    """Tokens of that sample."""
+
+
+class SpikeConfig(Section):
+    """A step is a spike if its loss or gradient norm exceeds mean + sigmas * std of the last `window` steps that were none."""
+
+    action: Literal["count", "skip", "off"] = "count"
+    """Count it, also discard the step, or do not look."""
+    window: Annotated[int, Field(ge=8)] = 128
+    """Steps looked back; nothing is judged before half of them exist."""
+    sigmas: PositiveFloat = 6.0
+    """How far above the mean."""
+
+
+class GuardsConfig(Section):
+    """What stops or skips a step before the optimizer sees it."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient stops the run with exit code 3 and names the samples, or skips the step."""
+    spike: SpikeConfig = SpikeConfig()
+    """Loss and gradient-norm spikes."""
+    deadline: str | None = None
+    """Save and stop before this moment: an ISO time, or `slurm` for the job's own end."""
+    deadline_margin: PositiveFloat = 120.0
+    """Seconds before the deadline."""
+
+
+EngineConfig = NativeEngineConfig
