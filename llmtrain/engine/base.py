@@ -1,0 +1,111 @@
+"""The engine interface, and the registry of engines."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from llmtrain.data.batch import Batch
+from llmtrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a forward (and backward) over one step's micro-batches gave; the same values on every rank.
+
+    `loss_sum` is in nats over `target_count` tokens. `bad_samples` are the samples of micro-batches whose loss was not finite.
+    """
+
+    loss_sum: float
+    target_count: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    bad_samples: tuple[int, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy per target token, in nats."""
+        return self.loss_sum / max(1, self.target_count)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do; a run that needs more is refused when it is built."""
+
+    discard: bool
+    """Can throw a step's gradients away after seeing them."""
+    axes: tuple[str, ...]
+    """Mesh axes it runs."""
+    dtypes: tuple[str, ...]
+    """Compute formats it runs."""
+
+
+class Engine(Protocol):
+    """Runs steps of one model. Every call is made by all ranks together."""
+
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Gradients of objective(sum over targets) / targets of the whole step, over all ranks and micro-batches."""
+
+    def grad_norm(self) -> float:
+        """Global 2-norm of the gradients now held, before clipping."""
+
+    def overflowed(self) -> bool:
+        """Whether these gradients overflowed an fp16 loss scale: an event, not a fault; the loop discards the step and goes on."""
+
+    def apply(self, *, lr: float) -> None:
+        """Clip, take the optimizer step, drop the gradients."""
+
+    def discard(self) -> None:
+        """Drop the gradients. Engines that cannot say so in capabilities()."""
+
+    def evaluate(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """The loss alone."""
+
+    def logits(self, tokens: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, S, V] of tokens [B, S], on every rank."""
+
+    def begin_phase(self, *, rope_base: float) -> None:
+        """Settings that change between phases."""
+
+    def calibrate(self, batch: Batch) -> dict[str, float]:
+        """Measure what the configuration left to `auto`, once, before step 0 of a fresh run; returns the values."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Canonical state (docs/interfaces.md): live tensors, so loading into them in place restores the engine."""
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over a canonical state, which may be the tensors of state() filled in place."""
+
+    def extra_state(self) -> dict:
+        """JSON-able state beside the tensors (loss scale)."""
+
+    def load_extra_state(self, extra: dict) -> None:
+        """Take over extra_state()."""
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {}
+
+
+def register_engine(kind: str) -> Callable:
+    """Decorator: make `build(cfg, *, objective, mesh, device, ops) -> Engine` available as `engine: KIND`."""
+
+    def decorate(build: Callable[..., Engine]) -> Callable[..., Engine]:
+        ENGINES[kind] = build
+        return build
+
+    return decorate
+
+
+def check_capabilities(engine: Engine, cfg) -> None:
+    """Raise UserError naming the option that asks for what `engine` cannot do."""
+    can, kind = engine.capabilities(), cfg.engine.kind
+    for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"):
+        if getattr(cfg.parallel, axis) not in (1, -1) and axis not in can.axes:
+            raise UserError(f"parallel.{axis} is {getattr(cfg.parallel, axis)}, but engine {kind} runs only {', '.join(can.axes)}")
+    if cfg.precision.compute not in can.dtypes:
+        raise UserError(f"precision.compute {cfg.precision.compute}: engine {kind} runs {', '.join(can.dtypes)}")
+    if not can.discard and "skip" in (cfg.guards.non_finite, cfg.guards.spike.action):
+        raise UserError(f"engine {kind} cannot discard a step: set guards.non_finite to stop and guards.spike.action to count or off")

