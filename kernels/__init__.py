@@ -1,1 +1,5 @@
-"""FastAttention and friends: kernels usable without the rest of llmtrain."""
+"""Kernels that stand on their own: usable without llmtrain, imported as `llmtrain_kernels`."""
+
+from llmtrain_kernels.mask import Mask
+
+__all__ = ["Mask"]

@@ -1,0 +1,31 @@
+"""The ops a model is built from, each with several implementations; see `registry` and docs/kernels.md.
+
+Importing this package registers the implementations that need nothing but PyTorch.
+"""
+
+from llmtrain_kernels.mask import Mask
+
+from llmtrain.ops import activation, adamw, attention, cross_entropy, experts, norm, rope, sdpa
+from llmtrain.ops.registry import Call, Choice, Implementation, KernelUnavailable, Ops, choose, implementations, op_names, register, resolve
+
+__all__ = [
+    "Call",
+    "Choice",
+    "Implementation",
+    "KernelUnavailable",
+    "Mask",
+    "Ops",
+    "activation",
+    "adamw",
+    "attention",
+    "choose",
+    "cross_entropy",
+    "experts",
+    "implementations",
+    "norm",
+    "op_names",
+    "register",
+    "resolve",
+    "rope",
+    "sdpa",
+]
