@@ -1,0 +1,276 @@
+"""Where a run's numbers go, and how fast it is."""
+
+import importlib
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+from uuid import uuid4
+
+from llmtrain.config.train import MetricsConfig
+from llmtrain.errors import UserError
+
+Value = float | int | str | list | None
+
+
+class MetricSink(Protocol):
+    """Takes lines of metrics; used on rank 0 only."""
+
+    def write(self, step: int, values: dict[str, Value]) -> None:
+        """One line after `step` optimizer steps. `values["kind"]` is train, validation or event (docs/run-folder.md)."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class JsonlSink:
+    """Appends one JSON object a line to `path` and flushes it. NaN and infinities become strings, so that every line is valid JSON.
+
+    A last line that a crash cut short is removed when the file is opened again. Each line gets `time`, seconds since 1970.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        _cut_partial_line(self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, Value]) -> None:
+        """Append one line."""
+        line = {"kind": values.get("kind", "train"), "step": step, **values, "time": round(time.time(), 3)}
+        self._file.write(json.dumps(_json_safe(line), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Writes TensorBoard event files to `folder`: `train/NAME`, `validation/SOURCE`, and events as text."""
+
+    def __init__(self, folder: Path):
+        _require("tensorboard", option="metrics.tensorboard", extra="viz")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, values: dict[str, Value]) -> None:
+        """Add the line's numbers."""
+        if values.get("kind") == "event":
+            self._writer.add_text("events", str(values["text"]), step)
+        for name, value in _scalars(values).items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._writer.close()
+
+
+class _TrackerSink:
+    """A tracking service whose module has `log(values, step=)` and `finish()`."""
+
+    def __init__(self, module: ModuleType):
+        self._module = module
+
+    def write(self, step: int, values: dict[str, Value]) -> None:
+        """Log the line's numbers; events stay in metrics.jsonl."""
+        if scalars := _scalars(values):
+            self._module.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Finish the service's run."""
+        self._module.finish()
+
+
+class WandbSink(_TrackerSink):
+    """Logs to the Weights & Biases project `project`; a resumed run folder continues its run there.
+
+    Without an API key and with WANDB_MODE unset it records offline (`wandb sync` uploads later) and says so.
+    """
+
+    def __init__(self, project: str, *, folder: Path, run: dict, say: Callable[[str], Any] = print):
+        wandb = _require("wandb", option="metrics.wandb", extra="track")
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not wandb.api.api_key:
+            mode = "offline"
+            say(
+                f"wandb: no API key, recording offline in {folder}/wandb; `wandb sync` uploads it, WANDB_MODE=online or disabled changes it"
+            )
+        wandb.init(
+            project=project, name=run.get("name"), dir=str(folder), config=run, mode=mode, id=_run_id(folder, "wandb"), resume="allow"
+        )
+        super().__init__(wandb)
+
+
+class SwanlabSink(_TrackerSink):
+    """Logs to the SwanLab project `project`; a resumed run folder continues its run there when online.
+
+    Without an API key and with SWANLAB_MODE unset it records offline (`swanlab sync` uploads later) and says so.
+    """
+
+    def __init__(self, project: str, *, folder: Path, run: dict, say: Callable[[str], Any] = print):
+        swanlab = _require("swanlab", option="metrics.swanlab", extra="track")
+        mode = os.environ.get("SWANLAB_MODE")
+        if mode is None and not os.environ.get("SWANLAB_API_KEY"):
+            mode = "offline"
+            say(f"swanlab: SWANLAB_API_KEY is not set, recording offline in {folder}/swanlab; SWANLAB_MODE=cloud or disabled changes it")
+        resume = {"id": _run_id(folder, "swanlab"), "resume": "allow"} if mode in (None, "cloud", "online") else {}
+        swanlab.init(project=project, experiment_name=run.get("name"), logdir=str(folder / "swanlab"), config=run, mode=mode, **resume)
+        super().__init__(swanlab)
+
+
+def build_sinks(cfg: MetricsConfig, folder: Path, run: dict, *, say: Callable[[str], Any] = print) -> list[MetricSink]:
+    """The sinks that `cfg` asks for, writing to the run folder; call on rank 0. `run` is the configuration as plain data.
+
+    Raises UserError naming the option when its package is missing.
+    """
+    sinks: list[MetricSink] = [JsonlSink(folder / "metrics.jsonl")]
+    if cfg.tensorboard:
+        sinks.append(TensorBoardSink(folder / "tb"))
+    if cfg.wandb:
+        sinks.append(WandbSink(cfg.wandb, folder=folder, run=run, say=say))
+    if cfg.swanlab:
+        sinks.append(SwanlabSink(cfg.swanlab, folder=folder, run=run, say=say))
+    return sinks
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl in order, non-finite numbers as floats again; a last line cut short is passed over.
+
+    Raises UserError for a broken line elsewhere.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    result = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number} is no JSON ({error.msg}); the file was changed by something else than llmtrain") from error
+        result.append({name: _NUMBERS.get(value, value) if isinstance(value, str) else value for name, value in values.items()})
+    return result
+
+
+class SpeedMeter:
+    """Tokens per second, MFU and time left, from step to step, without the time spent in `pause()` (validation, checkpoints).
+
+    A step lasts from the end of the one before, so waiting for data counts. `peak_flops` (FLOP/s of one rank; None: no MFU) and `ranks`
+    define MFU = model FLOP/s / (peak x ranks). `window` is the number of steps averaged over.
+    """
+
+    def __init__(self, *, peak_flops: float | None, ranks: int, window: int = 20, clock: Callable[[], float] = time.perf_counter):
+        self._peak = peak_flops * ranks if peak_flops else None
+        self._clock = clock
+        self._window: deque[tuple[float, int, float]] = deque(maxlen=window)  # seconds, tokens, FLOPs
+        self._mark: float | None = None
+        self._paused = 0.0
+        self.total_seconds = 0.0
+        """Seconds of all steps, pauses left out."""
+        self.total_tokens = 0
+        """Tokens of all steps since this process started."""
+        self.paused_seconds = 0.0
+        """Seconds of all pauses."""
+
+    def start_step(self) -> None:
+        """A step begins; only the first call, which starts the clock, matters."""
+        if self._mark is None:
+            self._mark, self._paused = self._clock(), 0.0
+
+    def end_step(self, *, tokens: int, flops_per_token: float) -> None:
+        """The step is over; it took `tokens` tokens of all ranks, with `flops_per_token` FLOPs each, forward and backward."""
+        now = self._clock()
+        seconds = now - self._mark - self._paused
+        self._mark, self._paused = now, 0.0
+        self._window.append((seconds, tokens, tokens * flops_per_token))
+        self.total_seconds += seconds
+        self.total_tokens += tokens
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside belongs to no step."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - start
+            self.paused_seconds += self._clock() - start
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of the last step."""
+        return self._window[-1][0]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of all ranks together, over the window."""
+        return self._rate(1)
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the peak FLOP/s used, over the window; None if the peak is not known."""
+        return self._rate(2) / self._peak if self._peak else None
+
+    @property
+    def average_tokens_per_second(self) -> float:
+        """Tokens per second since the start."""
+        return self.total_tokens / max(self.total_seconds, 1e-9)
+
+    def eta(self, tokens: int) -> float:
+        """Seconds that `tokens` more will take at the window's speed, with pauses in the proportion seen so far."""
+        pauses = self.paused_seconds / max(self.total_seconds, 1e-9)
+        return tokens / max(self.tokens_per_second, 1e-9) * (1 + pauses)
+
+    def _rate(self, column: int) -> float:
+        return sum(entry[column] for entry in self._window) / max(sum(entry[0] for entry in self._window), 1e-9)
+
+
+_NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
+_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _json_safe(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return _NAMES.get(value, "NaN")
+    if isinstance(value, dict):
+        return {name: _json_safe(item) for name, item in value.items()}
+    return [_json_safe(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _scalars(values: dict[str, Value]) -> dict[str, float]:
+    if values.get("kind") == "validation":
+        return {f"validation/{values['source']}": values["loss"]}
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return {f"{values.get('kind', 'train')}/{name}": value for name, value in numbers.items()}
+
+
+def _cut_partial_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _run_id(folder: Path, service: str) -> str:
+    """The service's id of this run folder, made at the first start and kept beside the metrics."""
+    path = folder / f".{service}-id"
+    if not path.exists():
+        path.write_text(uuid4().hex[:16])
+    return path.read_text().strip()
+
+
+def _require(module: str, *, option: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{option} needs the package {module}, which is not usable here ({error}): pip install llmtrain[{extra}]"
+        ) from error
