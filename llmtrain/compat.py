@@ -1,0 +1,31 @@
+"""The one place for names of torch that are private or not in every supported version."""
+
+from typing import Any
+
+from torch import nn
+
+
+def fsdp_sum_gradients(module: nn.Module) -> None:
+    """Make every FSDP2 module in `module` reduce its gradients by a plain sum over ranks, without dividing.
+
+    The loss is divided by the target count of the whole step beforehand, so an average over ranks would be wrong. Plain SUM also keeps
+    back ends that lack PreMulSum (gloo, hccl) on their ordinary path. Raises RuntimeError when this torch cannot do it.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            _call(part, ("set_gradient_divide_factor", "set_reduce_scatter_divide_factor"), 1.0)
+            _call(part, ("set_force_sum_reduction_for_comms",), True, required=False)
+
+
+def _call(target: Any, names: tuple[str, ...], value: Any, *, required: bool = True) -> None:
+    """Call the first of `names` that `target` has; torch renamed some of them between versions."""
+    for name in names:
+        if hasattr(target, name):
+            getattr(target, name)(value)
+            return
+    if required:
+        import torch
+
+        raise RuntimeError(f"torch {torch.__version__} has none of FSDPModule.{', '.join(names)}; use torch>=2.9")

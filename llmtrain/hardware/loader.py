@@ -1,0 +1,93 @@
+"""Reads `llmtrain/hardware/*.yaml` into typed, checked objects; no torch."""
+
+import difflib
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PositiveFloat
+
+from llmtrain.errors import UserError
+
+FOLDER = Path(__file__).parent
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Quantity(_Frozen):
+    """A number and where it comes from."""
+
+    value: PositiveFloat
+    source: str
+
+
+class Link(Quantity):
+    """A connection of one device: `value` in bytes/s in one direction, all lanes of the device together."""
+
+    name: str
+
+
+class Hardware(_Frozen):
+    """One accelerator as torch counts devices (one die of a 910C). Peaks are of dense matrix products, without sparsity."""
+
+    key: str
+    vendor: str
+    names: list[str]
+    """Regular expressions found in the name that the driver reports."""
+    peak: dict[str, Quantity]
+    """FLOP/s by torch dtype name."""
+    memory: Quantity
+    """Bytes."""
+    memory_bandwidth: Quantity | None = None
+    """Bytes/s."""
+    links: dict[str, Link] = {}
+    """`node`: to the other devices of the node; `network`: out of it."""
+    notes: str = ""
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """Peak FLOP/s for a torch dtype name such as `bfloat16`, or None where no source gives one."""
+        return self.peak[dtype].value if dtype in self.peak else None
+
+
+def keys() -> list[str]:
+    """Every accelerator known, variants included."""
+    return sorted(_all())
+
+
+def load(key: str) -> Hardware:
+    """The accelerator `key`. Raises UserError with the keys there are."""
+    if key not in _all():
+        close = difflib.get_close_matches(key.lower(), keys(), n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise UserError(f"hardware {key!r} is not known{hint}; known: {', '.join(keys())}")
+    return _all()[key]
+
+
+def match(device_name: str) -> Hardware | None:
+    """The accelerator whose driver reports `device_name`, or None."""
+    found = [hardware for hardware in _all().values() if any(re.search(pattern, device_name) for pattern in hardware.names)]
+    return found[0] if len(found) == 1 else None
+
+
+@cache
+def _all() -> dict[str, Hardware]:
+    entries: dict[str, Hardware] = {}
+    for path in sorted(FOLDER.glob("*.yaml")):
+        values: dict[str, Any] = yaml.safe_load(path.read_text())
+        variants = values.pop("variants", {})
+        entries[path.stem] = Hardware(key=path.stem, **values)
+        for name, changes in variants.items():
+            entries[name] = Hardware(**_merge(values, {**changes, "key": name}))
+    return entries
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`: the entries of `peak` and `links` one by one, everything else whole."""
+    merged = {**base, **changes}
+    for part in ("peak", "links"):
+        merged[part] = {**base.get(part, {}), **changes.get(part, {})}
+    return merged
