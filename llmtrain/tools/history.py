@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl as one history, and the numbers that a report states. Nothing here is estimated."""
+"""What a run folder holds: its configuration, and its metrics.jsonl as one history with the numbers a report states, none estimated."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,11 +6,26 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
+import yaml
+from pydantic import ValidationError
+
+from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.train.metrics import read_metrics
 
 SMOOTHING = 0.05  # final loss: mean over this share of the steps, at least FINAL_STEPS
 FINAL_STEPS = 20
+
+
+def read_config(folder: Path) -> RunConfig | None:
+    """The configuration in a run folder's config.yaml, None if there is none. Raises UserError if this version cannot read it."""
+    path = Path(folder) / "config.yaml"
+    if not path.exists():
+        return None
+    try:
+        return RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise UserError(f"{path} is not a configuration that this version reads: {str(error).splitlines()[0]}") from error
 
 
 @dataclass

@@ -11,12 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from llmtrain.config.run import RunConfig
-from llmtrain.errors import UserError
-from llmtrain.tools.history import History
+from llmtrain.tools.history import History, read_config
 from llmtrain.tools.report_plot import draw, sparkline
 from llmtrain.train.console import duration
 
@@ -42,7 +38,7 @@ def write_report(run_folder: Path, extra: dict[str, Any]) -> Path:
     folder = Path(run_folder)
     history = History.read(folder)
     extra = _keep_extra(folder / EXTRA, extra)
-    cfg = _read_config(folder / "config.yaml")
+    cfg = read_config(folder)
     name = cfg.name if cfg else folder.resolve().name
     parts = [
         f"# Run {name}",
@@ -206,12 +202,3 @@ def _flat(values: dict, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{name}.")
         elif value not in (None, "", [], {}):
             yield prefix + name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _read_config(path: Path) -> RunConfig | None:
-    if not path.exists():
-        return None
-    try:
-        return RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise UserError(f"{path} is not a configuration that this version reads: {str(error).splitlines()[0]}") from error
