@@ -1,10 +1,106 @@
-"""The published models as factories; `model: {preset: NAME}` in YAML. Shapes are those of the models' own config files."""
+"""The published models; `model: {preset: NAME}` in YAML. Shapes are those of the models' own config files or papers."""
 
+import copy
+import difflib
 from typing import Any
 
-PRESETS: dict[str, dict[str, Any]] = {}
+from llmtrain.config import layer as layers
+from llmtrain.config.errors import ConfigError
+from llmtrain.config.layer import Layer
+
+
+def _llama3(*, layers: int, hidden: int, heads: int, ffn: int) -> dict[str, Any]:
+    """Llama 3 of April 2024: 8,192 tokens of context, RoPE base 500,000, untied."""
+    return {
+        "vocab_size": 128_256,
+        "layers": layers,
+        "hidden": hidden,
+        "max_seq_len": 8192,
+        "attention": {"heads": heads, "kv_heads": 8, "head_dim": 128},
+        "ffn": {"hidden": ffn},
+        "norm": {"eps": 1e-5},
+        "position": {"base": 500_000.0},
+    }
+
+
+def _llama31(**shape: int) -> dict[str, Any]:
+    """Llama 3.1: the same shapes with RoPE stretched by 8 to 131,072 tokens."""
+    scaling = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_seq_len": 8192}
+    return _llama3(**shape) | {"max_seq_len": 131_072, "position": {"base": 500_000.0, "scaling": scaling}}
+
+
+def _qwen3(*, layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> dict[str, Any]:
+    """Qwen3 (arXiv 2505.09388): heads of 128 whatever the width, RMSNorm on queries and keys."""
+    return {
+        "vocab_size": 151_936,
+        "layers": layers,
+        "hidden": hidden,
+        "max_seq_len": 40_960,
+        "attention": {"heads": heads, "kv_heads": 8, "head_dim": 128, "qk_norm": True},
+        "ffn": {"hidden": ffn},
+        "norm": {"eps": 1e-6},
+        "position": {"base": 1_000_000.0},
+        "tie_embeddings": tied,
+    }
+
+
+# arXiv 2504.07866, table 1 and sections 2.2-2.3. The paper does not state eps; 1e-5 is openPangu's.
+PANGU_ULTRA_135B: dict[str, Any] = {
+    "vocab_size": 153_376,
+    "layers": 94,
+    "hidden": 12_288,
+    "max_seq_len": 131_072,
+    "attention": {"heads": 96, "kv_heads": 8, "head_dim": 128},
+    "ffn": {"hidden": 28_672},
+    "norm": {"eps": 1e-5, "placement": "depth_scaled_sandwich", "c_attention": 0.283, "c_ffn": 0.432},
+    "position": {"base": 10_000.0},
+    "init": {"kind": "tiny", "embedding_std": 0.5},
+}
+
+SMOLLM2_135M: dict[str, Any] = {
+    "vocab_size": 49_152,
+    "layers": 30,
+    "hidden": 576,
+    "max_seq_len": 8192,
+    "attention": {"heads": 9, "kv_heads": 3, "head_dim": 64},
+    "ffn": {"hidden": 1536},
+    "norm": {"eps": 1e-5},
+    "position": {"base": 100_000.0},
+    "tie_embeddings": True,
+}
+
+_8B, _70B = {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 14_336}, {"layers": 80, "hidden": 8192, "heads": 64, "ffn": 28_672}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "pangu_ultra_135b": PANGU_ULTRA_135B,
+    "llama3_8b": _llama3(**_8B),
+    "llama3_70b": _llama3(**_70B),
+    "llama31_8b": _llama31(**_8B),
+    "llama31_70b": _llama31(**_70B),
+    "qwen3_0_6b": _qwen3(layers=28, hidden=1024, heads=16, ffn=3072, tied=True),
+    "qwen3_8b": _qwen3(layers=36, hidden=4096, heads=32, ffn=12_288, tied=False),
+    "smollm2_135m": SMOLLM2_135M,
+}
+
+
+def preset_layer(name: Any, origin: str | None = None) -> Layer:
+    """The preset `name` as the `model` section of a layer.
+
+    Raises:
+        ConfigError: no published model of that name.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(str(name), list(PRESETS), 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        came = f" ({origin})" if origin else ""
+        raise ConfigError(f"model.preset: {name!r} is not allowed{came}; allowed: one of {', '.join(PRESETS)}{hint}")
+    return layers.whole({"model": copy.deepcopy(PRESETS[name])}, f"preset {name}")
 
 
 def expand_preset(values: Any) -> Any:
-    """Fill in the preset that `values` names, keeping the keys given beside it."""
-    return values
+    """The model section with the preset that it names filled in under the keys given beside it; the section itself is not changed."""
+    if isinstance(values, str):
+        values = {"preset": values}
+    if not isinstance(values, dict) or values.get("preset") is None:
+        return values
+    return layers.over(preset_layer(values["preset"]), layers.whole({"model": values}, "")).data["model"]

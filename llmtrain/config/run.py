@@ -59,5 +59,7 @@ class RunConfig(Section):
     def _sequences_fit(self) -> "RunConfig":
         longest = max([p.seq_len or self.train.seq_len for p in self.train.phases], default=self.train.seq_len)
         if self.model.position.kind == "learned" and longest > self.model.max_seq_len:
-            raise ValueError(f"sequences of {longest} tokens exceed model.max_seq_len {self.model.max_seq_len}, the number of learned positions")
+            raise ValueError(
+                f"sequences of {longest} tokens exceed model.max_seq_len {self.model.max_seq_len}, the number of learned positions"
+            )
         return self

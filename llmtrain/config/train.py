@@ -102,8 +102,8 @@ class TrainConfig(Section):
     """Tokens whose logits exist at once in the loss; the S x V logits never exist whole."""
     validate_every: NonNegativeInt = 0
     """Steps between validations, 0 for none; a run with validation data always validates at its end."""
-    validate_batches: PositiveInt = 16
-    """Sequences per validation source, in global batches of micro_batch times ranks."""
+    validate_samples: PositiveInt = 64
+    """Sequences of each validation source that are evaluated, always the same ones; all of a source that has fewer."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -217,6 +217,8 @@ class MetricsConfig(Section):
     """SwanLab project."""
     profile: ProfileConfig | None = None
     """Record a window of steps."""
+    bigram_baseline: bool = False
+    """Also compute the validation loss of an interpolated bigram model of the same tokens, for comparison in the report."""
     sample: str | None = None
     """Prompt completed at the end of the run and shown in the report."""
     sample_tokens: PositiveInt = 120
