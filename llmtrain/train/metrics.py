@@ -116,11 +116,13 @@ class SwanlabSink(_TrackerSink):
     def __init__(self, project: str, *, folder: Path, run: dict, say: Callable[[str], Any] = print):
         swanlab = _require("swanlab", option="metrics.swanlab", extra="track")
         mode = os.environ.get("SWANLAB_MODE")
-        if mode is None and not os.environ.get("SWANLAB_API_KEY"):
+        if mode is None and not swanlab.Settings().api_key:
             mode = "offline"
-            say(f"swanlab: SWANLAB_API_KEY is not set, recording offline in {folder}/swanlab; SWANLAB_MODE=cloud or disabled changes it")
-        resume = {"id": _run_id(folder, "swanlab"), "resume": "allow"} if mode in (None, "cloud", "online") else {}
-        swanlab.init(project=project, experiment_name=run.get("name"), logdir=str(folder / "swanlab"), config=run, mode=mode, **resume)
+            say(
+                f"swanlab: no API key, recording offline in {folder}/swanlab; `swanlab sync` uploads it, SWANLAB_MODE=online or disabled changes it"
+            )
+        resume = {"id": _run_id(folder, "swanlab"), "resume": "allow"} if mode in (None, "online") else {}
+        swanlab.init(project=project, name=run.get("name"), log_dir=str(folder / "swanlab"), config=run, mode=mode, **resume)
         super().__init__(swanlab)
 
 

@@ -97,6 +97,25 @@ def test_wandb_gets_scalars_and_the_same_run_after_a_resume(tmp_path, monkeypatc
     assert log[0] == 3 and log[1]["train/loss"] == 2.5 and "train/samples" not in log[1] and "train/mfu" not in log[1]
 
 
+@pytest.mark.parametrize("key, mode", [(None, "offline"), ("secret", None)])
+def test_swanlab_without_a_key_is_offline(tmp_path, monkeypatch, key, mode):
+    calls = []
+    fake = SimpleNamespace(
+        Settings=lambda: SimpleNamespace(api_key=key),
+        init=lambda **options: calls.append(options),
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda: calls.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, "swanlab", fake)
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    said = []
+    sink = build_sinks(MetricsConfig(swanlab="project"), tmp_path, {"name": "run"}, say=said.append)[1]
+    sink.write(3, {"kind": "validation", "source": "plays", "loss": 1.5})
+    sink.close()
+    assert calls[0]["mode"] == mode and calls[1:] == [(3, {"validation/plays": 1.5}), "finished"]
+    assert bool(said) == (key is None) and ("id" in calls[0]) == (key is not None)
+
+
 class Clock:
     """A clock that is moved by hand."""
 
