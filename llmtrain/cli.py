@@ -1,0 +1,95 @@
+"""The command line: verbs, and nothing else. A verb's module is imported when it is used, so help needs no torch."""
+
+import difflib
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+
+from llmtrain import __version__
+from llmtrain.errors import UserError
+
+DONE, USER_ERROR, INTERRUPTED = 0, 1, 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A function `(argv) -> exit code` in a module, and its line of help."""
+
+    module: str
+    help: str
+    function: str = "main"
+
+
+VERBS = {
+    "train": Verb("llmtrain.stages.pretrain", "pretrain a model as a YAML file says"),
+    "generate": Verb("llmtrain.tools.generate", "continue a prompt with a trained model"),
+    "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokenised files"),
+    "config": Verb("llmtrain.tools.config", "show, compare and explain configurations; list the published models"),
+    "kernels": Verb("llmtrain.tools.kernels", "which implementation each op uses on this machine, and why"),
+    "report": Verb("llmtrain.tools.report", "write report.md of a run folder"),
+}
+
+FOOTER = """
+Exit codes: 0 done, 1 something to correct, 2 stopped by a signal after saving, 3 stopped by a guard.
+LLMTRAIN_TRACEBACK=1 shows the traceback of an error. `llmtrain VERB -h` explains a verb."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the verb that `argv` (default: the process's arguments) names and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return DONE if words else USER_ERROR
+    if words[0] in ("-V", "--version"):
+        print(f"llmtrain {__version__}")
+        return DONE
+    if words[0] not in VERBS:
+        near = difflib.get_close_matches(words[0], VERBS, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"llmtrain: {words[0]!r} is no verb; allowed: {', '.join(VERBS)}{hint}", file=sys.stderr)
+        return USER_ERROR
+    return _run(VERBS[words[0]], words[1:])
+
+
+def usage() -> str:
+    """The text of `llmtrain --help`."""
+    lines = [f"  {name:10s} {verb.help}" for name, verb in VERBS.items()]
+    return "usage: llmtrain VERB ...\n\n" + "\n".join(lines) + "\n" + FOOTER
+
+
+def _run(verb: Verb, argv: list[str]) -> int:
+    try:
+        return getattr(importlib.import_module(verb.module), verb.function)(argv)
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except KeyboardInterrupt:
+        print("llmtrain: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe has left; nothing to flush at exit
+        return DONE
+    except Exception as error:
+        if os.environ.get("LLMTRAIN_TRACEBACK", "0") != "0" or not is_user_error(error):
+            raise
+        print(f"llmtrain: {_words(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether `error` is for the user to correct, so that a traceback would only be in the way."""
+    data_error = getattr(sys.modules.get("llmtrain.data.errors"), "DataError", UserError)
+    path_error = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError) and error.filename
+    return isinstance(error, UserError | data_error) or bool(path_error)
+
+
+def _words(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
+def _exit_code(stop: SystemExit) -> int:
+    """argparse leaves with 2 for wrong words, which here means stopped after saving; a text is a message."""
+    if isinstance(stop.code, str):
+        print(f"llmtrain: {stop.code}", file=sys.stderr)
+        return USER_ERROR
+    return USER_ERROR if stop.code == 2 else int(stop.code or 0)
