@@ -118,9 +118,7 @@ class SwanlabSink(_TrackerSink):
         mode = os.environ.get("SWANLAB_MODE")
         if mode is None and not swanlab.Settings().api_key:
             mode = "offline"
-            say(
-                f"swanlab: no API key, recording offline in {folder}/swanlab; `swanlab sync` uploads it, SWANLAB_MODE=online or disabled changes it"
-            )
+            say(f"swanlab: no API key, recording offline in {folder}/swanlab; `swanlab sync` uploads it, SWANLAB_MODE changes it")
         resume = {"id": _run_id(folder, "swanlab"), "resume": "allow"} if mode in (None, "online") else {}
         swanlab.init(project=project, name=run.get("name"), log_dir=str(folder / "swanlab"), config=run, mode=mode, **resume)
         super().__init__(swanlab)

@@ -14,8 +14,9 @@ from llmtrain.tools import launch
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = """
-import sys
-from pathlib import Path
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # both are ignored under nohup and in a script's background jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from llmtrain.tools.launch import run_local
 code = run_local(sys.argv[4:], int(sys.argv[2]), grace=float(sys.argv[3]), command=[sys.executable, sys.argv[1]])
 assert "torch" not in sys.modules

@@ -25,15 +25,26 @@ def _no_slurm(monkeypatch):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_to_stop_and_the_handlers_come_back(signum, capfd):
-    before = signal.getsignal(signum)
+    handler = lambda *_: None  # noqa: E731
+    before = signal.signal(signum, handler)
     with StopRequest(GuardsConfig()) as stop:
         assert stop.should_stop() is None
         os.kill(os.getpid(), signum)
         assert stop.should_stop() == signum.name
         if signum != signal.SIGINT:
             os.kill(os.getpid(), signum)  # a scheduler may repeat itself
-    assert signal.getsignal(signum) is before
+    assert signal.signal(signum, before) is handler
     assert "stopping after this step" in capfd.readouterr().err
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with StopRequest(GuardsConfig()) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.should_stop() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_only_rank_0_says_so(monkeypatch, capfd):
@@ -49,7 +60,8 @@ def test_second_ctrl_c_ends_at_once_and_says_what_is_saved(tmp_path, saved):
         (tmp_path / "checkpoints/step-00000100").mkdir(parents=True)
         (tmp_path / "latest").symlink_to("checkpoints/step-00000100")
     script = f"""
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from llmtrain.config.train import GuardsConfig
 from llmtrain.train.stopping import StopRequest
