@@ -73,7 +73,7 @@ class Console:
 
 
 def progress_line(*, step: int, total: int, values: dict, eta: float | None) -> str:
-    """One line: step, loss, gradient norm, learning rate, tokens/s, MFU, memory, expert load, ETA, as far as `values` has them."""
+    """One line: step, ETA, loss, gradient norm, learning rate, tokens/s, MFU, memory, expert load, as far as `values` has them."""
     parts = [
         f"step {step:>{len(str(total))}}/{total}",
         f"loss {values['loss']:.4f}",
@@ -88,7 +88,7 @@ def progress_line(*, step: int, total: int, values: dict, eta: float | None) -> 
     parts += [f"{short} {values[name]:.3g}" for name, short in EXPERT_COLUMNS.items() if values.get(name) is not None]
     parts += [name for name in ("spike", "skipped") if values.get(name)]
     if eta is not None:
-        parts.append(f"ETA {duration(eta)}")
+        parts.insert(1, f"ETA {duration(eta)}")  # a narrow terminal cuts the end of the line
     return "  ".join(parts)
 
 
