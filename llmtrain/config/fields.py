@@ -134,24 +134,24 @@ def children(path: Path) -> list[str]:
     return sorted({name for t in types_at(path) for s in sections(t) for name in s.model_fields}) if path else list(root().model_fields)
 
 
-def allowed(annotation: Any) -> str:
-    """In words, the values that a type takes."""
-    return " or ".join(dict.fromkeys(_one(m) for m in members(annotation)))
+def allowed(annotation: Any, *, brief: bool = False) -> str:
+    """In words, the values that a type takes; `brief` does not list the keys of sections."""
+    return " or ".join(dict.fromkeys(_one(m, brief) for m in members(annotation)))
 
 
-def _one(member: Any) -> str:
+def _one(member: Any, brief: bool) -> str:
     plain = bare(member)
     kind, args = get_origin(plain), get_args(plain)
     if kind is Literal:
         return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
     if kind is list:
-        return f"a list, each entry {allowed(args[0])}"
+        return "a list of sections" if brief and sections(args[0]) else f"a list, each entry {allowed(args[0], brief=brief)}"
     if kind is tuple:
-        return f"a list of {len(args)}, each {allowed(args[0])}"
+        return f"a list of {len(args)}, each {allowed(args[0], brief=brief)}"
     if kind is dict:
-        return f"a mapping, each value {allowed(args[1])}"
+        return f"a mapping, each value {allowed(args[1], brief=brief)}"
     if isinstance(plain, type) and issubclass(plain, Section):
-        return f"a section with {', '.join(plain.model_fields)}"
+        return "a section" if brief else f"a section with {', '.join(plain.model_fields)}"
     return WORDS.get(plain, str(plain)) + _bounds(member)
 
 

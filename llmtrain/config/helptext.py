@@ -54,16 +54,12 @@ def _entries(chosen: Iterable[fields.Field]) -> list[str]:
 
 
 def _values(annotation: Any) -> str:
-    inner = fields.sections(annotation)
-    if inner:
-        kinds = [k for s in inner if "kind" in s.model_fields for k in fields.literals(s, "kind")]
-        return f"a section of kind {', '.join(kinds)}" if kinds else "a section"
-    text = fields.allowed(annotation)
-    return "a list of sections, entries N counted from 0" if "each entry a section" in text else text
+    kinds = [k for s in fields.sections(annotation) if "kind" in s.model_fields for k in fields.literals(s, "kind")]
+    return fields.allowed(annotation, brief=True) + (f" (kind {', '.join(kinds)})" if kinds else "")
 
 
 def _default(value: Any) -> str:
-    if value is None:
+    if value is None or value in ([], {}):
         return ""
     shown = str(value).lower() if isinstance(value, bool) else list(value) if isinstance(value, tuple) else value
     return f"  [{shown}]"

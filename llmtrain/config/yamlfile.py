@@ -52,6 +52,12 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=130)
 
 
+def inline(value: Any) -> str:
+    """`value` as YAML on one line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, sort_keys=False, width=1 << 20)
+    return text.removesuffix("...\n").strip()
+
+
 def read(path: Path, shown: str) -> Layer:
     """The mapping in the YAML file `path`, each value with its line.
 
