@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveInt, field_validator
 
+from llmtrain.config import shortforms
 from llmtrain.config.base import Section
 
 
@@ -46,6 +47,4 @@ class DataConfig(Section):
     @field_validator("train", "validation", mode="before")
     @classmethod
     def _bare_paths(cls, value):
-        if isinstance(value, str):
-            value = [value]
-        return [{"path": item} if isinstance(item, str) else item for item in value]
+        return shortforms.sources(value)

@@ -1,7 +1,7 @@
 """Values from the command line: `--a.b 2`, `--a.b=2`, `--flag`, `--no-flag`."""
 
 import re
-from typing import Any
+from typing import Any, get_origin
 
 from llmtrain.config import fields
 from llmtrain.config.errors import ConfigError
@@ -64,8 +64,9 @@ def _switch(name: str, value: bool) -> tuple[Path, bool]:
 
 def apply(layer: Layer, pairs: list[tuple[Path, Any]]) -> Layer:
     """`layer` with the command line's values in it; a mapping merges, an index one past a list's end appends."""
-    for path, value in pairs:
-        value = FORMS.get(path, lambda given: given)(value)
+    for given, value in pairs:
+        path = _names(given)
+        value = FORMS.get(path, lambda as_is: as_is)(value)
         if isinstance(value, dict) and all(isinstance(key, str) for key in path):
             layer = over(layer, _nested(path, value))
             continue
@@ -74,6 +75,15 @@ def apply(layer: Layer, pairs: list[tuple[Path, Any]]) -> Layer:
         _index_fits(layer.get(path[:-1]), path[:-1], path[-1])
         layer.put(path, value, COMMAND_LINE)
     return layer
+
+
+def _names(path: Path) -> Path:
+    """`path` with the numbers that are names of a mapping, not places in a list, as text."""
+    fixed: Path = ()
+    for key in path:
+        mapping = any(get_origin(fields.bare(m)) is dict for t in fields.types_at(fixed) for m in fields.members(t))
+        fixed = (*fixed, str(key) if mapping else key)
+    return fixed
 
 
 def _nested(path: Path, value: Any) -> Layer:

@@ -5,6 +5,7 @@ import difflib
 from typing import Any
 
 from llmtrain.config import layer as layers
+from llmtrain.config import shortforms
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.layer import Layer
 
@@ -99,8 +100,7 @@ def preset_layer(name: Any, origin: str | None = None) -> Layer:
 
 def expand_preset(values: Any) -> Any:
     """The model section with the preset that it names filled in under the keys given beside it; the section itself is not changed."""
-    if isinstance(values, str):
-        values = {"preset": values}
+    values = shortforms.model(values)
     if not isinstance(values, dict) or values.get("preset") is None:
         return values
     return layers.over(preset_layer(values["preset"]), layers.whole({"model": values}, "")).data["model"]

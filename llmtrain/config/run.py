@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, field_validator, model_validator
 
+from llmtrain.config import shortforms
 from llmtrain.config import train as t
 from llmtrain.config.base import Section
 from llmtrain.config.data import DataConfig, TokenizerConfig
@@ -53,7 +54,7 @@ class RunConfig(Section):
     @field_validator("engine", mode="before")
     @classmethod
     def _engine_by_name(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
+        return shortforms.engine(value)
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> "RunConfig":

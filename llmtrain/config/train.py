@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from llmtrain.config import shortforms
 from llmtrain.config.base import Section
 
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -109,7 +110,7 @@ class TrainConfig(Section):
     def _one_length(self) -> "TrainConfig":
         given = [n for n in ("steps", "tokens") if getattr(self, n) is not None] + ["phases"] * bool(self.phases)
         if len(given) > 1:
-            raise ValueError(f"give one of steps, tokens and phases, not {' and '.join(given)}")
+            raise ValueError(f"give one of steps, tokens and phases, not {' and '.join(given)}; null (for phases []) takes a value back")
         return self
 
 
@@ -171,9 +172,7 @@ class PrecisionConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, values: Any) -> Any:
-        if values == "fp64":
-            return dict.fromkeys(("compute", "params", "reduce", "accumulate", "optimizer"), "fp64")
-        return {"compute": values} if isinstance(values, str) else values
+        return shortforms.precision(values)
 
 
 class CheckpointConfig(Section):
