@@ -19,6 +19,19 @@ def fsdp_sum_gradients(module: nn.Module) -> None:
             _call(part, ("set_force_sum_reduction_for_comms",), True, required=False)
 
 
+def record_memory_history(module: Any, *, entries: int | None) -> None:
+    """Record up to `entries` allocations with stacks on torch.cuda or torch.npu (`module`), or stop recording for None."""
+    if entries is None:
+        module.memory._record_memory_history(enabled=None)
+    else:
+        module.memory._record_memory_history(max_entries=entries)
+
+
+def dump_memory_snapshot(module: Any, path: str) -> None:
+    """Write what `record_memory_history` collected to a pickle that https://pytorch.org/memory_viz reads."""
+    module.memory._dump_snapshot(path)
+
+
 def _call(target: Any, names: tuple[str, ...], value: Any, *, required: bool = True) -> None:
     """Call the first of `names` that `target` has; torch renamed some of them between versions."""
     for name in names:

@@ -111,9 +111,7 @@ def test_the_references_lse_and_its_gradient(call):
 def test_pieces_of_the_keys_merge_through_lse():
     q, k, v = inputs((1, 2, 1, 6, 6, 4, 4))
     mask = Mask(documents=((2, 4),))
-    parts = [
-        attention_reference(q, k[:, :, a:b], v[:, :, a:b], mask=mask, kv_offset=a, return_lse=True) for a, b in ((0, 3), (3, 6))
-    ]
+    parts = [attention_reference(q, k[:, :, a:b], v[:, :, a:b], mask=mask, kv_offset=a, return_lse=True) for a, b in ((0, 3), (3, 6))]
     total = torch.logaddexp(parts[0][1], parts[1][1])
     merged = sum(out * torch.exp(lse - total).unsqueeze(-1) for out, lse in parts)
     torch.testing.assert_close(merged, attention_reference(q, k, v, mask=mask))
@@ -162,7 +160,7 @@ def test_wrong_shapes_and_lse_from_sdpa_are_refused():
     q, k, v = inputs((1, 3, 2, 8, 8, 4, 4))
     with pytest.raises(ValueError, match="H a multiple of K"):
         attention_sdpa(q, k, v, mask=Mask())
-    with pytest.raises(ValueError, match="kernels.attention"):
+    with pytest.raises(ValueError, match=r"kernels\.attention"):
         attention_sdpa(q, k, v, mask=Mask(), return_lse=True)
 
 
