@@ -24,7 +24,10 @@ def python(*words, **env):
 
 
 def test_help_imports_neither_torch_nor_pydantic():
-    code = "import sys; from llmtrain.cli import main; main(['--help']); print(sorted({'torch', 'pydantic', 'yaml', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys; from llmtrain.cli import main; main(['--help']); "
+        "print(sorted({'torch', 'pydantic', 'yaml', 'numpy'} & set(sys.modules)))"
+    )
     assert python("-c", code).stdout.splitlines()[-1] == "[]"
 
 
@@ -128,5 +131,8 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_the_package_is_light_and_has_its_names():
-    code = "import sys, llmtrain; assert 'pydantic' not in sys.modules; assert callable(llmtrain.run); print(llmtrain.__version__, llmtrain.RunConfig.__name__)"
+    code = (
+        "import sys, llmtrain; assert 'pydantic' not in sys.modules; assert callable(llmtrain.run); "
+        "print(llmtrain.__version__, llmtrain.RunConfig.__name__)"
+    )
     assert python("-c", code).stdout == "0.1.0 RunConfig\n"

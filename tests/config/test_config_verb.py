@@ -89,7 +89,7 @@ def test_plugin_entry_point(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: probe\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[llmtrain.plugins]\nprobe = probe_plugin:register\n")
-    with pytest.raises(UserError, match="plugin 'probe' .* of probe does not load"):
+    with pytest.raises(UserError, match=r"plugin 'probe' .* of probe does not load"):
         load_plugins([])
     (tmp_path / "probe_plugin.py").write_text("calls = []\ndef register():\n    calls.append(1)\n")
     assert "probe" in load_plugins(["probe"]) and sys.modules["probe_plugin"].calls == [1]
