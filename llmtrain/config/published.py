@@ -45,7 +45,7 @@ def _qwen3(*, layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> dic
     }
 
 
-# arXiv 2504.07866, table 1 and sections 2.2-2.3. The paper does not state eps; 1e-5 is openPangu's.
+# arXiv 2504.07866, table 1 and sections 2.2-2.3. The paper does not state eps; 1e-5 is that of the public Pangu Ultra MoE.
 PANGU_ULTRA_135B: dict[str, Any] = {
     "vocab_size": 153_376,
     "layers": 94,
@@ -67,6 +67,7 @@ SMOLLM2_135M: dict[str, Any] = {
     "ffn": {"hidden": 1536},
     "norm": {"eps": 1e-5},
     "position": {"base": 100_000.0},
+    "init": {"std": 1 / 24},
     "tie_embeddings": True,
 }
 
