@@ -29,7 +29,7 @@ quickstart: install
 	$(BIN)/llmtrain quickstart
 
 test: install-test
-	$(BIN)/python -m pytest -n 2 --durations 8
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 8
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -83,8 +83,7 @@ class NativeEngine:
 
     def _forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         batch = batch.to(self.device.torch_device)
-        mask = Mask(causal=True, documents=batch.documents, window=self.cfg.model.attention.window)
-        return self.model(batch.tokens, positions=batch.positions, mask=mask, targets=batch.targets)
+        return self.model(batch.tokens, positions=batch.positions, mask=Mask(documents=batch.documents), targets=batch.targets)
 
     def _count_targets(self, micro_batches: Sequence[Batch]) -> int:
         total = int(self.mesh.sum(sum(batch.target_count for batch in micro_batches))[0])
@@ -168,9 +167,7 @@ class NativeEngine:
     def logits(self, tokens: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, S, V] of tokens [B, S]; every rank gives the same tokens."""
         tokens = tokens.to(self.device.torch_device)
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.model(tokens, positions=positions, mask=Mask(window=self.cfg.model.attention.window))["logits"]
+        return self.model(tokens, positions=positions, mask=Mask())["logits"]
 
     def begin_phase(self, *, rope_base: float) -> None:
         """Set the phase's RoPE base."""

@@ -57,7 +57,7 @@ def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
     """Join the world that the launcher described (RANK, WORLD_SIZE, ...; alone without them) and build the mesh."""
     if not dist.is_initialized():
         timeout = timedelta(seconds=cfg.timeout)
-        options = dict(backend=device.collective_backend, timeout=timeout, **device.process_group_options(cfg.timeout))
+        options = dict(backend=device.collective_backend, timeout=timeout, **device.process_group_options(timeout))
         if "RANK" in os.environ:
             dist.init_process_group(**options)
         else:

@@ -1,0 +1,1 @@
+"""One file per job, each with `run(cfg) -> exit code`."""

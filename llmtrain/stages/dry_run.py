@@ -1,0 +1,77 @@
+"""`--dry-run`: resolve, plan, count, then one real step of a miniature with the same options."""
+
+import torch
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import count_parameters, memory_estimate
+from llmtrain.config.run import RunConfig
+from llmtrain.data.batch import Batch
+from llmtrain.layout.mesh import MeshShape
+from llmtrain.layout.steps import StepPlan
+
+
+def miniature(model: ModelConfig) -> ModelConfig:
+    """The same model options at 2 layers, head dim 16 and a vocabulary of 256."""
+    groups = model.attention.heads // model.kv_heads
+    attention = model.attention.model_copy(update={"heads": 2 * groups, "kv_heads": 2, "head_dim": 16})
+    ffn = model.ffn.model_copy(update={"hidden": 64})
+    return model.model_copy(update={"layers": 2, "hidden": 64, "vocab_size": 256, "attention": attention, "ffn": ffn})
+
+
+def dry_run(cfg: RunConfig) -> int:
+    """Print the plan, the parameters and the memory of `cfg` and try a step of its miniature. Returns the exit code."""
+    from llmtrain.stages.pretrain import with_vocabulary
+
+    cfg = with_vocabulary(cfg)
+    plan, shape = StepPlan.from_config(cfg), MeshShape.from_config(cfg.parallel)
+    plan.check_batches(dp=shape.dp)
+    print(f"plan: {plan.steps:,} steps, {plan.tokens:,} tokens, {len(plan.phases)} phase(s); mesh: {shape.describe()}")
+    for phase in plan.phases:
+        print(f"  {phase.name}: {phase.steps:,} steps x {phase.seq_len:,} tokens, RoPE base {phase.rope_base:g}, peak lr {phase.peak_lr:g}")
+    for part, count in count_parameters(cfg.model).items():
+        print(f"  {part:28s} {count:>18,}")
+    for part, size in memory_estimate(cfg, world=shape.world).items():
+        print(f"  {part:28s} {size / 2**30:>14.2f} GiB a rank")
+    built = _count_on_meta(cfg)
+    print(f"built on meta: {built:,} parameters")
+    loss = _one_step(cfg)
+    print(f"one step of a 2-layer miniature with these options: loss {loss:.3f} (ln 256 = 5.545)")
+    return 0
+
+
+def _count_on_meta(cfg: RunConfig) -> int:
+    from llmtrain.device import select
+    from llmtrain.model import family
+    from llmtrain.ops import resolve
+    from llmtrain.stages.session import op_call
+
+    ops = resolve(cfg.kernels, op_call(cfg, select(cfg.device)))
+    with torch.device("meta"):
+        model = family.build(cfg.model, ops, cfg.train.loss_chunk)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _one_step(cfg: RunConfig) -> float:
+    from llmtrain.config.train import ParallelConfig
+    from llmtrain.device import select
+    from llmtrain.engine.base import ENGINES
+    from llmtrain.engine.native import build as _native  # noqa: F401
+    from llmtrain.model.objective import cross_entropy
+    from llmtrain.ops import resolve
+    from llmtrain.parallel import mesh as world
+    from llmtrain.stages.session import op_call
+
+    alone = cfg.model_copy(update={"model": miniature(cfg.model), "parallel": ParallelConfig()})
+    device = select(cfg.device)
+    mesh = world.start(alone.parallel, device=device)
+    try:
+        ops = resolve(cfg.kernels, op_call(alone, device))
+        engine = ENGINES[cfg.engine.kind](alone, objective=cross_entropy, mesh=mesh, device=device, ops=ops)
+        tokens = torch.arange(64).remainder(256)[None]
+        lengths = ((32, 32),) if cfg.data.document_mask else None
+        batch = Batch(tokens=tokens, targets=tokens.roll(-1, 1), positions=torch.arange(64)[None], documents=lengths, samples=(0,))
+        result = engine.forward_backward([batch])
+        engine.apply(lr=cfg.optim.lr)
+        return result.loss
+    finally:
+        world.stop()

@@ -1,0 +1,126 @@
+"""Pretraining: tokens in, a trained model out.
+
+    llmtrain train -c configs/quickstart.yaml --train.steps 200
+    torchrun --nproc-per-node 8 -m llmtrain train -c configs/llama3_8b.yaml
+"""
+
+from pathlib import Path
+
+from llmtrain.config.arguments import parse_run_arguments
+from llmtrain.config.run import RunConfig
+from llmtrain.data.check import check_inputs
+from llmtrain.layout.steps import Phase, StepPlan
+from llmtrain.plugins import load_plugins
+from llmtrain.tools.launch import is_launched, run_local
+
+
+def main(argv: list[str]) -> int:
+    """`llmtrain train`: check everything a user can get wrong, then run here or start the local ranks."""
+    loaded, options = parse_run_arguments(argv)
+    cfg = loaded.run
+    load_plugins(cfg.plugins)
+    if options.dry_run:
+        from llmtrain.stages.dry_run import dry_run
+
+        return dry_run(cfg)
+    if is_launched():
+        return run(cfg)
+    check_inputs(cfg)
+    StepPlan.from_config(cfg)
+    from llmtrain.stages.session import ranks_wanted
+
+    ranks = ranks_wanted(cfg)
+    return run(cfg) if ranks == 1 else run_local(["train", *argv], ranks, logs=Path(cfg.output) / cfg.name / "log")
+
+
+def run(cfg: RunConfig) -> int:
+    """Train as `cfg` says; called on every rank. Returns the exit code: 0 done, 2 stopped after saving, 3 stopped by a guard."""
+    from llmtrain.model.objective import cross_entropy
+    from llmtrain.stages.session import session
+    from llmtrain.train.checkpoint import Checkpointer
+    from llmtrain.train.guards import GuardStop
+    from llmtrain.train.loop import Loop
+    from llmtrain.train.metrics import build_sinks
+    from llmtrain.train.stopping import StopRequest
+
+    cfg = with_vocabulary(cfg)
+    plan = StepPlan.from_config(cfg)
+    with StopRequest(cfg.guards) as stop, session(cfg) as s:
+        plan.check_batches(dp=s.mesh.shape.dp)
+        if s.mesh.rank == 0:
+            s.introduce()
+        stop.folder = s.folder.path
+        engine = s.build_engine(cross_entropy)
+        sinks = []
+        if s.mesh.rank == 0:
+            sinks = build_sinks(cfg.metrics, s.folder.path, cfg.model_dump(mode="json"), say=s.console.message)
+        checkpointer = Checkpointer(s.folder.path, cfg.checkpoint, log=s.console.message)
+        loop = Loop(
+            cfg,
+            engine=engine,
+            plan=plan,
+            inputs=inputs(cfg),
+            mesh=s.mesh,
+            device=s.device,
+            folder=s.folder,
+            checkpointer=checkpointer,
+            sinks=sinks,
+            console=s.console,
+        )
+        try:
+            code = loop.run(stop)
+            if code == 0:
+                finish(s, engine)
+        except GuardStop as guard:
+            s.console.message(f"stopped by a guard: {guard}")
+            code = 3
+        finally:
+            for sink in sinks:
+                sink.close()
+        if code == 0 and checkpointer.failed:
+            s.console.message(f"the last checkpoint could not be written: {checkpointer.failed}")
+            code = 1
+    return code
+
+
+def with_vocabulary(cfg: RunConfig) -> RunConfig:
+    """`cfg` with model.vocab_size filled in from the tokenizer."""
+    if cfg.model.vocab_size is not None or cfg.tokenizer.path is None:
+        return cfg
+    from llmtrain.data.tokenizer import load
+
+    size = load(cfg.tokenizer.path, cfg.tokenizer.kind).vocab_size
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": size})})
+
+
+def inputs(cfg: RunConfig):
+    """The datasets of a run: training by phase, each with its own seed and mix, and validation by source name."""
+    from llmtrain.data.dataset import build_dataset
+    from llmtrain.train.loop import Inputs
+
+    data = cfg.data
+    shared = {"document_mask": data.document_mask, "cache": data.cache}
+
+    def dataset_of(phase: Phase):
+        seed = cfg.seed + phase.index
+        samples = phase.samples
+        return build_dataset(data.train, seq_len=phase.seq_len, samples=samples, seed=seed, weights=phase.mix, shuffle=data.shuffle, **shared)
+
+    seq_len = cfg.train.seq_len
+    validation = {
+        source.name or Path(source.path).name: build_dataset([source], seq_len=seq_len, samples=None, seed=cfg.seed, shuffle=False, **shared)
+        for source in data.validation
+    }
+    return Inputs(dataset_of=dataset_of, validation=validation)
+
+
+def finish(s, engine) -> None:
+    """After the last step: a sampled passage, the export, the report."""
+    from llmtrain.stages.results import baseline, export, passage
+    from llmtrain.tools.report import write_report
+
+    sample, exported = passage(s, engine), export(s, engine)
+    if s.mesh.rank == 0:
+        extra = {"sample": sample, "bigram": baseline(s.cfg), "export": exported}
+        report = write_report(s.folder.path, extra)
+        s.console.message(f"report: {report}")

@@ -1,0 +1,61 @@
+"""What a finished run leaves for people: a passage, exported weights, a baseline to compare with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from llmtrain.config.run import RunConfig
+from llmtrain.engine.base import Engine
+
+
+def full_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """(canonical name, whole tensor on the CPU) one at a time; all ranks must go through it together."""
+    for key, tensor in engine.state().items():
+        name, _, kind = key.rpartition(".")
+        if name and kind not in ("exp_avg", "exp_avg_sq"):
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            yield name, whole.cpu()
+
+
+def export(s, engine: Engine) -> Path | None:
+    """The final weights as a Hugging Face folder `hf/` in the run folder, if checkpoint.export asks for it. Called by all ranks."""
+    if s.cfg.checkpoint.export == "none":
+        return None
+    from llmtrain.convert.export import export_hf
+
+    target = s.folder.path / "hf"
+    if s.mesh.rank == 0:
+        export_hf(target, s.cfg.model, full_weights(engine), tokenizer_path=s.cfg.tokenizer.path)
+    else:
+        for _ in full_weights(engine):
+            pass
+    return target
+
+
+def passage(s, engine: Engine) -> str | None:
+    """metrics.sample completed by the trained model. Called by all ranks, which draw the same tokens from the same seed."""
+    cfg = s.cfg
+    if cfg.metrics.sample is None or cfg.tokenizer.path is None:
+        return None
+    from llmtrain.data.tokenizer import load
+    from llmtrain.tools.generate import sample
+
+    tokenizer = load(cfg.tokenizer.path, cfg.tokenizer.kind)
+    prompt = tokenizer.encode(cfg.metrics.sample)
+    window = cfg.train.seq_len
+
+    def last_logits(tokens: torch.Tensor) -> torch.Tensor:
+        return engine.logits(tokens[:, -window:])[:, -1]
+
+    tokens = sample(last_logits, prompt, max_new=cfg.metrics.sample_tokens, seed=cfg.seed, stop_ids=(tokenizer.eod_id,))
+    return tokenizer.decode(tokens)
+
+
+def baseline(cfg: RunConfig) -> float | None:
+    """Validation loss (nats/token) of an interpolated bigram model of the training tokens, if metrics.bigram_baseline asks for it."""
+    if not cfg.metrics.bigram_baseline or not cfg.data.validation:
+        return None
+    from llmtrain.data.bigram import bigram_baseline
+
+    return bigram_baseline(cfg.data.train, cfg.data.validation[0], vocab_size=cfg.model.vocab_size)

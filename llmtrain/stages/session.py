@@ -1,0 +1,95 @@
+"""What every stage starts from and ends with: device, mesh, kernels, engine, run folder, sinks."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from llmtrain.config.run import RunConfig
+from llmtrain.device import Device, select
+from llmtrain.device.dtypes import torch_dtype
+from llmtrain.engine.base import ENGINES, Engine, check_capabilities
+from llmtrain.engine.native import build as _register_native  # noqa: F401
+from llmtrain.errors import UserError
+from llmtrain.layout.mesh import MeshShape
+from llmtrain.ops import Call, Ops, resolve
+from llmtrain.parallel import mesh as world
+from llmtrain.train.console import Console
+from llmtrain.train.run_folder import RunFolder, setup_logging
+
+
+def op_call(cfg: RunConfig, device: Device) -> Call:
+    """What the model will ask of its ops."""
+    model = cfg.model
+    return Call(
+        device=device.kind,
+        dtype=torch_dtype(cfg.precision.compute),
+        capability=device.capability(),
+        parameter_dtype=torch_dtype(cfg.precision.params),
+        head_dim=model.head_dim,
+        value_head_dim=model.head_dim,
+        heads=model.attention.heads,
+        kv_heads=model.kv_heads,
+        documents=cfg.data.document_mask,
+        window=model.attention.window,
+    )
+
+
+@dataclass
+class Session:
+    """A started world with everything a stage needs."""
+
+    cfg: RunConfig
+    device: Device
+    mesh: world.Mesh
+    ops: Ops
+    folder: RunFolder
+    console: Console
+
+    def build_engine(self, objective: Callable[[dict], torch.Tensor]) -> Engine:
+        """The configured engine around `objective`; raises UserError for what it cannot run."""
+        kind = self.cfg.engine.kind
+        if kind not in ENGINES:
+            raise UserError(f"engine {kind!r} is not registered; allowed: {', '.join(sorted(ENGINES))}")
+        engine = ENGINES[kind](self.cfg, objective=objective, mesh=self.mesh, device=self.device, ops=self.ops)
+        check_capabilities(engine, self.cfg)
+        return engine
+
+    def introduce(self) -> None:
+        """Say what was found and chosen: device, mesh, kernels with reasons."""
+        choices = ", ".join(f"{op} {choice.name}" for op, choice in self.ops.choices.items())
+        self.console.message(f"device: {self.device.describe()}")
+        self.console.message(f"mesh: {self.mesh.shape.describe()} ({self.mesh.device.collective_backend}), engine {self.cfg.engine.kind}")
+        self.console.message(f"kernels: {choices} (`llmtrain kernels` says why)")
+
+
+def ranks_wanted(cfg: RunConfig) -> int:
+    """Local ranks that the plain command has to start: the mesh's product; dp_shard -1 takes every local accelerator."""
+    shape = MeshShape.from_config(cfg.parallel)
+    if cfg.parallel.dp_shard != -1:
+        return shape.world
+    return MeshShape.from_config(cfg.parallel, world=max(shape.world, select(cfg.device).count())).world
+
+
+@contextmanager
+def session(cfg: RunConfig) -> Iterator[Session]:
+    """Join the world, open the run folder, choose kernels; leave it all in order at the end."""
+    device = select(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device.set_current()
+    reason = device.unsupported_dtype(torch_dtype(cfg.precision.compute))
+    if reason:
+        raise UserError(f"precision.compute {cfg.precision.compute}: {reason}")
+    mesh = world.start(cfg.parallel, device=device)
+    try:
+        with RunFolder.create(cfg) as folder:
+            setup_logging(folder.path, mesh.rank)
+            ops = resolve(cfg.kernels, op_call(cfg, device))
+            console = Console(enabled=mesh.rank == 0)
+            try:
+                yield Session(cfg, device, mesh, ops, folder, console)
+            finally:
+                console.close()
+    finally:
+        world.stop()

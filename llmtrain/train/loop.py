@@ -1,0 +1,260 @@
+"""The training loop: engine, guards, metrics, validation, checkpoints, in that order, once per step."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmtrain.config.parameters import flops_per_token
+from llmtrain.config.run import RunConfig
+from llmtrain.data.batch import Batch
+from llmtrain.device.base import Device
+from llmtrain.device.dtypes import torch_dtype
+from llmtrain.engine.base import Engine, StepResult
+from llmtrain.errors import UserError
+from llmtrain.layout.steps import Phase, Step, StepPlan
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.train.checkpoint import Checkpointer
+from llmtrain.train.console import Console
+from llmtrain.train.guards import GuardStop, SpikeDetector, check_finite
+from llmtrain.train.metrics import MetricSink, SpeedMeter
+from llmtrain.train.profile import StepProfiler
+from llmtrain.train.run_folder import RunFolder
+from llmtrain.train.stopping import StopRequest
+from llmtrain.train.stream import step_stream, validation_batches
+
+DONE, STOPPED = 0, 2
+
+
+@dataclass
+class Inputs:
+    """Where batches come from: a dataset per phase, and the validation datasets by name."""
+
+    dataset_of: Callable[[Phase], object]
+    validation: dict[str, object]
+
+
+class Loop:
+    """Runs a plan with an engine. All ranks call it together; rank 0 alone writes metrics and talks."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        *,
+        engine: Engine,
+        plan: StepPlan,
+        inputs: Inputs,
+        mesh: Mesh,
+        device: Device,
+        folder: RunFolder,
+        checkpointer: Checkpointer,
+        sinks: list[MetricSink],
+        console: Console,
+    ):
+        self.cfg, self.engine, self.plan, self.inputs, self.mesh, self.device = cfg, engine, plan, inputs, mesh, device
+        self.checkpointer, self.sinks, self.console, self.folder = checkpointer, sinks, console, folder
+        self.spikes = SpikeDetector(cfg.guards.spike)
+        self.next_step = 0
+        self.loss: float | None = None
+        self.speed: SpeedMeter | None = None
+
+    def run(self, stop: StopRequest) -> int:
+        """Train from where the run stands to the end of the plan. Returns 0, or 2 if a signal or deadline stopped it after saving.
+
+        Raises GuardStop when a guard says so; what was saved before stays.
+        """
+        self._resume()
+        stream = step_stream(
+            self.plan,
+            start=self.next_step,
+            dataset_of=self.inputs.dataset_of,
+            rank=self.mesh.data_rank,
+            ranks=self.mesh.shape.dp,
+            depth=self.cfg.data.prefetch,
+        )
+        peak = self.device.peak_flops(torch_dtype(self.cfg.precision.compute)) if self.mesh.rank == 0 else None
+        self.speed = SpeedMeter(peak_flops=peak, ranks=self.mesh.world)
+        phase, asked = None, time.perf_counter()
+        with StepProfiler(self.cfg.metrics.profile, self.folder.path, self.mesh.rank) as profiler:
+            for step, micro_batches in stream:
+                waited = time.perf_counter() - asked
+                if step.phase is not phase:
+                    phase = step.phase
+                    self._begin_phase(phase)
+                self._step(step, micro_batches, waited=waited)
+                profiler.step(step.index)
+                if self._after_step(step, stop):
+                    stream.close()
+                    return STOPPED
+                asked = time.perf_counter()
+        return DONE
+
+    # --- one step -----------------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: Step, micro_batches: list[Batch], *, waited: float) -> None:
+        self.speed.start_step()
+        result = self.engine.forward_backward(micro_batches)
+        norm = self.engine.grad_norm()
+        overflow = self.engine.overflowed()
+        problem = None if overflow else check_finite(result.loss, norm)
+        if problem and self.cfg.guards.non_finite == "stop":
+            self.engine.discard()
+            raise GuardStop(_blame(problem, step, result), samples=result.bad_samples)
+        spike = None if overflow or problem else self.spikes.judge(result.loss, norm)
+        skipped = overflow or bool(problem) or (spike.spike and self.cfg.guards.spike.action == "skip")
+        if skipped:
+            self.engine.discard()
+        else:
+            self.engine.apply(lr=step.lr)
+        self.loss, self.next_step = result.loss, step.index + 1
+        self.speed.end_step(tokens=step.batch * step.seq_len, flops_per_token=flops_per_token(self.cfg.model, step.seq_len))
+        self._report(step, result, norm=norm, skipped=skipped, spike=bool(spike and spike.spike), waited=waited)
+        if overflow:
+            self._event(step, "fp16 gradients overflowed; step discarded, loss scale halved")
+        elif problem:
+            self._event(step, f"{_blame(problem, step, result)}; step discarded")
+        elif spike.spike:
+            self._event(step, f"spike: {spike.reason}" + ("; step discarded" if skipped else ""))
+
+    def _report(self, step: Step, result: StepResult, *, norm: float, skipped: bool, spike: bool, waited: float) -> None:
+        if self.mesh.rank or ((step.index + 1) % self.cfg.metrics.every and step.index + 1 != self.plan.steps):
+            return
+        memory = self.device.memory()
+        values = {
+            "kind": "train",
+            "loss": result.loss,
+            "grad_norm": norm,
+            "lr": step.lr,
+            "tokens": step.tokens_before + step.batch * step.seq_len,
+            "targets": result.target_count,
+            "samples": [step.first_sample, step.batch],
+            "phase": step.phase.name,
+            "seconds": self.speed.step_seconds,
+            "data_seconds": waited,
+            "tokens_per_second": self.speed.tokens_per_second,
+            "mfu": self.speed.mfu,
+            "memory_gb": memory.peak / 2**30,
+            "spike": int(spike),
+            "skipped": int(skipped),
+            **result.metrics,
+        }
+        self._write(step.index + 1, values)
+        eta = self.speed.eta(self.plan.tokens - values["tokens"])
+        self.console.progress(step=step.index + 1, total=self.plan.steps, values=values, eta=eta)
+
+    def _after_step(self, step: Step, stop: StopRequest) -> bool:
+        """Validation and checkpoints that are due; True if the run has to stop here."""
+        train, every, done = self.cfg.train, self.cfg.checkpoint.every, step.index + 1
+        last = done == self.plan.steps
+        reason = stop.should_stop()
+        stopping = self.mesh.any(reason is not None) and not last
+        with self.speed.pause():
+            if self.inputs.validation and not stopping and (last or (train.validate_every and done % train.validate_every == 0)):
+                self.validate(done, seq_len=step.seq_len, micro_batch=step.micro_batch)
+            if last or stopping or (every and done % every == 0):
+                self._save()
+            for message in self.checkpointer.poll():
+                self._event(step, message)
+        if stopping:
+            self._event(step, f"stopped by {reason or 'another rank'} after step {done}; the same command goes on from here")
+        if stopping or last:
+            self.checkpointer.wait()
+            for message in self.checkpointer.poll():
+                self._event(step, message)
+        return stopping
+
+    def validate(self, done: int, *, seq_len: int, micro_batch: int) -> dict[str, float]:
+        """Loss of every validation source after `done` steps."""
+        losses = {}
+        for name, dataset in self.inputs.validation.items():
+            samples = min(self.cfg.train.validate_samples, len(dataset))
+            batches = validation_batches(
+                dataset, samples=samples, micro_batch=micro_batch, rank=self.mesh.data_rank, ranks=self.mesh.shape.dp
+            )
+            losses[name] = self.engine.evaluate(batches).loss
+            self._write(done, {"kind": "validation", "source": name, "loss": losses[name]})
+            self._say(f"step {done}: validation loss {losses[name]:.4f} on {name} ({samples} sequences of {dataset.seq_len} tokens)")
+        return losses
+
+    # --- phases and state ---------------------------------------------------------------------------------------------------------
+
+    def _begin_phase(self, phase: Phase) -> None:
+        self.engine.begin_phase(rope_base=phase.rope_base)
+        if len(self.plan.phases) > 1:
+            self._say(
+                f"{phase.name}: {phase.steps} steps of sequences of {phase.seq_len} tokens, "
+                f"{phase.tokens / 1e6:.1f}M tokens, RoPE base {phase.rope_base:g}, peak lr {phase.peak_lr:g}"
+            )
+
+    def _resume(self) -> None:
+        path = self.checkpointer.find(self.cfg.checkpoint.resume)
+        if path is None:
+            first = self.plan.step(0)
+            self.engine.begin_phase(rope_base=first.rope_base)
+            measured = self.engine.calibrate(self.inputs.dataset_of(first.phase).batch(0, first.micro_batch))
+            if measured:
+                self._say("measured at initialisation: " + ", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+            return
+        state = self.engine.state()
+        meta = self.checkpointer.load(path, state)
+        self._check_position(path, meta)
+        self.engine.load_state(state)
+        self.engine.load_extra_state(meta["engine"])
+        self.spikes.load_state(meta["spikes"])
+        self.next_step = meta["step"]
+        if self.mesh.rank == 0:
+            self.folder.truncate_metrics(meta["step"])
+        self._say(f"resumed from step {meta['step']}: {meta['tokens'] / 1e6:.2f}M tokens, next sample {meta['position']} ({path})")
+
+    def _check_position(self, path: Path, meta: dict) -> None:
+        """The plan must put the checkpoint's step where the checkpoint's data position is."""
+        step, position = meta["step"], meta["position"]
+        if step > self.plan.steps:
+            raise UserError(f"{path} is at step {step}, the run ends at step {self.plan.steps}; raise train.steps or choose another name")
+        planned = self._position(step)
+        if planned != position:
+            raise UserError(
+                f"{path} stands at step {step} and sample {position}, but this configuration's step {step} starts at sample {planned}: "
+                "train.global_batch or train.phases changed; undo that, or set checkpoint.resume: none and another name"
+            )
+
+    def _position(self, step: int) -> int:
+        if step < self.plan.steps:
+            return self.plan.step(step).first_sample
+        last = self.plan.step(self.plan.steps - 1)
+        return last.first_sample + last.batch
+
+    def _save(self) -> None:
+        done = self.next_step
+        last = self.plan.step(done - 1)
+        meta = {
+            "step": done,
+            "position": self._position(done),
+            "tokens": last.tokens_before + last.batch * last.seq_len,
+            "engine": self.engine.extra_state(),
+            "spikes": self.spikes.state(),
+            "loss": self.loss,
+        }
+        self.checkpointer.save(done, self.engine.state(), meta)
+
+    # --- talking --------------------------------------------------------------------------------------------------------------------
+
+    def _write(self, step: int, values: dict) -> None:
+        if self.mesh.rank == 0:
+            for sink in self.sinks:
+                sink.write(step, values)
+
+    def _say(self, text: str) -> None:
+        if self.mesh.rank == 0:
+            self.console.message(text)
+
+    def _event(self, step: Step, text: str) -> None:
+        self._write(step.index + 1, {"kind": "event", "text": text})
+        self._say(text)
+
+
+def _blame(problem: str, step: Step, result: StepResult) -> str:
+    """The fault, and the samples that it came from as far as the losses tell."""
+    if result.bad_samples:
+        return f"step {step.index + 1}: {problem}, from samples {', '.join(map(str, result.bad_samples))}"
+    last = step.first_sample + step.batch - 1
+    return f"step {step.index + 1}: {problem}; every loss is finite, the step's samples are {step.first_sample} to {last}"

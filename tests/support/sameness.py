@@ -1,0 +1,126 @@
+"""One short training run of a tiny model in this world, as numbers to compare: losses of 20 steps and every full gradient of step 1."""
+
+import numpy as np
+import torch
+
+from llmtrain.config.run import RunConfig
+from llmtrain.data.batch import NO_TARGET, Batch
+from llmtrain.device import select
+from llmtrain.engine.native import build
+from llmtrain.layout.steps import StepPlan
+from llmtrain.model.objective import cross_entropy
+from llmtrain.ops import Call, resolve
+from llmtrain.parallel import mesh as world
+from llmtrain.parallel.fsdp import local_tensor
+from llmtrain.device.dtypes import torch_dtype
+from llmtrain.train.stream import micro_batches
+
+MODEL = {
+    "vocab_size": 61,
+    "layers": 3,
+    "hidden": 32,
+    "attention": {"heads": 4, "kv_heads": 2, "qk_norm": True},
+    "ffn": {"hidden": 48},
+    "norm": {"placement": "depth_scaled_sandwich"},
+    "init": {"kind": "normal", "std": 0.1},
+}
+BASE = {"model": MODEL, "train": {"steps": 20, "seq_len": 24, "global_batch": 8, "micro_batch": 2, "loss_chunk": 16}, "optim": {"lr": 0.01}}
+
+
+class Documents:
+    """Samples of 24 tokens cut in random documents; the later a sample, the more of its targets are masked away."""
+
+    seq_len = 24
+
+    def __init__(self, order=None):
+        self.order = order or (lambda sample: sample)
+
+    def __len__(self):
+        return 1 << 20
+
+    def batch(self, first: int, count: int) -> Batch:
+        rows = [self._row(self.order(sample)) for sample in range(first, first + count)]
+        tokens, targets, positions, documents = zip(*rows)
+        stack = [torch.from_numpy(np.stack(part)) for part in (tokens, targets, positions)]
+        return Batch(*stack, documents=documents, samples=tuple(range(first, first + count)))
+
+    def _row(self, sample: int):
+        rng = np.random.default_rng(sample)
+        cuts = np.unique(rng.integers(1, self.seq_len, size=rng.integers(0, 5)))
+        lengths = np.diff([0, *cuts, self.seq_len])
+        tokens = rng.integers(0, 61, size=self.seq_len + 1)
+        targets = tokens[1:].copy()
+        targets[np.cumsum(lengths) - 1] = NO_TARGET
+        targets[: (sample % 8) * 2] = NO_TARGET
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        return tokens[:-1], targets, positions, tuple(int(n) for n in lengths)
+
+
+def permuted(sample: int) -> int:
+    """Another order of the 8 samples inside each step."""
+    return sample // 8 * 8 + (sample * 5 + 3) % 8
+
+
+def merge(base: dict, changes: dict) -> dict:
+    """Nested dicts merged, `changes` winning."""
+    both = {key: merge(base[key], value) if isinstance(value, dict) and key in base else value for key, value in changes.items()}
+    return base | both
+
+
+def broken_count(engine) -> None:
+    """Each rank divides by its own target count, as a mean over ranks of local means does."""
+    engine._count_targets = lambda batches: sum(batch.target_count for batch in batches) * engine.mesh.world
+
+
+def broken_sync(engine) -> None:
+    """Gradients of all micro-batches but the last stay on their rank."""
+    for parameter in engine.parameters.values():
+        parameter.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))
+
+
+FAULTS = {"count": broken_count, "sync": broken_sync}
+
+
+def train(changes: dict, *, permute: bool = False, fault: str | None = None) -> dict:
+    """Losses of every step, and the gradients of step 1 (whole tensors by name), on this world's mesh."""
+    torch.set_num_threads(1)
+    cfg = RunConfig.model_validate(merge(BASE, changes))
+    device = select("cpu")
+    mesh = world.start(cfg.parallel, device=device)
+    ops = resolve(cfg.kernels, Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2))
+    engine = build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=ops)
+    if fault:
+        FAULTS[fault](engine)
+    plan, data = StepPlan.from_config(cfg), Documents(permuted if permute else None)
+    losses, gradients, counts = [], {}, []
+    for index in range(plan.steps):
+        step = plan.step(index)
+        batches = micro_batches(step, data, rank=mesh.data_rank, ranks=mesh.shape.dp)
+        result = engine.forward_backward(batches)
+        if index == 0:
+            counts = [batch.target_count for batch in batches]
+            gradients = {name: whole(p.grad).double().numpy() for name, p in engine.parameters.items()}
+        engine.grad_norm()
+        engine.apply(lr=step.lr)
+        losses.append(result.loss)
+    return {"losses": losses, "gradients": gradients, "counts": mesh.gather(counts)}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else local_tensor(tensor)
+
+
+def train_all(scenarios: dict[str, dict]) -> dict[str, dict]:
+    """Several runs in one world, by name."""
+    return {name: train(**scenario) for name, scenario in scenarios.items()}
+
+
+def loss_difference(a: dict, b: dict) -> float:
+    """Largest relative difference of any step's loss."""
+    return max(abs(x - y) / abs(y) for x, y in zip(a["losses"], b["losses"], strict=True))
+
+
+def gradient_difference(a: dict, b: dict) -> float:
+    """Largest difference of any gradient of step 1, relative to that gradient's norm."""
+    assert a["gradients"].keys() == b["gradients"].keys()
+    return max(float(np.linalg.norm(a["gradients"][n] - g) / np.linalg.norm(g)) for n, g in b["gradients"].items())
