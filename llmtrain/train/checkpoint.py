@@ -75,8 +75,10 @@ class Checkpointer:
         meta_text = (json.dumps(meta, indent=1) + "\n").encode()
         self._wait_for_previous(step)
         started = time.monotonic()
-        plan = tensors.plan(state)
-        staged = self._stage.copy(state)
+        held = self._agree(lambda: tensors.held_by_all(state))
+        same = all(names == held[0] for names in held)
+        own = tensors.own_part(state, rank=self.rank if same else 0, world=self.world if same else 1)
+        plan, staged = tensors.plan(own), self._stage.copy(own)
         if self.cfg.asynchronous:
             self._running = self._thread.submit(self._write, step, plan, staged, meta_text, started)
         else:
@@ -237,7 +239,7 @@ def _reason(error: BaseException) -> str:
     """One line that says why, from whatever DCP wrapped around it."""
     if isinstance(error, CheckpointException):
         rank, (inner, _) = next(iter(error.failures.items()))
-        return f"{_reason(inner)} (rank {rank})"
+        return _reason(inner) + (f" (rank {rank})" if rank or len(error.failures) > 1 else "")
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     text = str(error).strip() or type(error).__name__

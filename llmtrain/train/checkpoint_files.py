@@ -122,10 +122,15 @@ def damage(path: Path, *, share: int = 0, shares: int = 1) -> list[str]:
 def complete(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, most recently saved first (a run that went back has a newer one with a lower step).
 
-    One whose manifest cannot be read is among them, by its step: `damage` says what is wrong with it.
+    One whose manifest cannot be read comes first, since it may be the newest: `damage` says what is wrong with it.
     """
+
+    def age(path: Path) -> tuple:
+        number = serial(path)
+        return (number is None, number or 0, step_of(path))
+
     found = [path for path in folder.iterdir() if step_of(path) is not None] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (serial(path) or 0, step_of(path)), reverse=True)
+    return sorted(found, key=age, reverse=True)
 
 
 def serial(path: Path) -> int | None:

@@ -6,11 +6,13 @@ a table consists of and refuses everything else; the tensors themselves DCP read
 
 import pickle
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner, create_default_local_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
@@ -96,10 +98,55 @@ class _StagedPlanner(DefaultSavePlanner):
         return self._staged[index.fqn]
 
 
+class _FileSystem(FileSystem):
+    """Raises the OSError of a failed write, which `torch.save` hides behind a complaint about file positions."""
+
+    @contextmanager
+    def create_stream(self, path, mode):
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        except RuntimeError as error:
+            hidden: BaseException | None = error
+            while hidden is not None and not isinstance(hidden, OSError):
+                hidden = hidden.__context__
+            if hidden is None:
+                raise
+            raise OSError(hidden.errno, hidden.strerror, str(path)) from error
+
+
 class _Writer(dcp.FileSystemWriter):
+    def __init__(self, folder: Path):
+        super().__init__(folder, thread_count=1, sync_files=True, per_thread_copy_ahead=0)
+        self.fs = _FileSystem()
+
     def storage_meta(self) -> StorageMeta:
         # The default would store this machine's path as a pickled Path, which no reader needs.
         return StorageMeta()
+
+
+def held_by_all(state: State) -> list[tuple]:
+    """Names and shapes of the tensors that are no DTensor; where every rank has the same, each rank writes a part of them."""
+    return sorted((name, tuple(tensor.shape)) for name, tensor in state.items() if not isinstance(tensor, DTensor))
+
+
+def own_part(state: State, *, rank: int, world: int) -> State:
+    """What this rank writes of `state`, so that no rank copies and holds what another one writes.
+
+    A sharded tensor's replicas take turns along each mesh axis that replicates it; `world` ranks take turns with plain tensors.
+    """
+    own = {}
+    for turn, name in enumerate(sorted(state)):
+        tensor = state[name]
+        if not isinstance(tensor, DTensor):
+            mine = turn % world == rank
+        else:
+            mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+            replicated = (axis for axis, placement in enumerate(tensor.placements) if placement.is_replicate())
+            mine = place is not None and all(place[axis] == turn % mesh.size(axis) for axis in replicated)
+        if mine:
+            own[name] = tensor
+    return own
 
 
 def plan(state: State) -> SavePlan:
@@ -109,8 +156,7 @@ def plan(state: State) -> SavePlan:
 
 def write(folder: Path, local_plan: SavePlan, staged: State, *, group=None, world: int = 1) -> None:
     """Write the staged copies to `folder`, each replicated part once, flushed to the disk; all ranks call it."""
-    writer = _Writer(folder, thread_count=1, sync_files=True)
-    dcp.save({}, storage_writer=writer, planner=_StagedPlanner(local_plan, staged), process_group=group, no_dist=world == 1)
+    dcp.save({}, storage_writer=_Writer(folder), planner=_StagedPlanner(local_plan, staged), process_group=group, no_dist=world == 1)
 
 
 class _Reader(dcp.FileSystemReader):

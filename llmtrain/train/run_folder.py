@@ -106,6 +106,7 @@ def setup_logging(folder: Path, rank: int, *, level: int = logging.INFO) -> None
         handler.close()
     (folder / "log").mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(folder / "log" / f"rank-{rank}.txt", encoding="utf-8")]
+    handlers[0].setLevel(level)  # a library's logger may pass on more than the root logger's level
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if rank == 0:
         handlers.append(logging.StreamHandler())
