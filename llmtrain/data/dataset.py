@@ -1,0 +1,149 @@
+"""What a run trains on: several packed sources, blended; sample i is the same whatever the mesh, the engine or the moment of resuming."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llmtrain.config.data import DataSource
+from llmtrain.data.batch import NO_TARGET, Batch
+from llmtrain.data.blend import Blend
+from llmtrain.data.errors import DataError
+from llmtrain.data.packing import PackedSource, Sample
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """How much of one source a dataset reads."""
+
+    name: str
+    share: float
+    """Wanted share of the samples, the shares of all sources summing to 1."""
+    samples: int
+    """Samples taken from it."""
+    samples_per_epoch: int
+    documents: int
+    tokens: int
+    """Size of the source."""
+
+    @property
+    def epochs(self) -> float:
+        """How often it is read through."""
+        return self.samples / self.samples_per_epoch
+
+
+class Dataset:
+    """`samples` samples of S tokens from blended sources; made by `build_dataset`."""
+
+    def __init__(self, names: list[str], sources: list[PackedSource], blend: Blend, *, samples: int, document_mask: bool) -> None:
+        self._names, self._sources, self._blend = names, sources, blend
+        self._samples, self._document_mask = samples, document_mask
+        self.seq_len = sources[0].seq_len
+
+    def __len__(self) -> int:
+        return self._samples
+
+    @property
+    def epochs(self) -> list[SourceUse]:
+        """What is read from each source, with how many epochs that makes."""
+        counts, total = self._blend.counts(self._samples), sum(self._blend.shares)
+        return [
+            SourceUse(name, share / total, count, source.samples_per_epoch, len(source.file), len(source.file.tokens))
+            for name, source, share, count in zip(self._names, self._sources, self._blend.shares, counts)
+        ]
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first .. first + count - 1; any order of calls gives the same samples.
+
+        Raises:
+            IndexError: beyond the dataset's length.
+        """
+        if first < 0 or count < 1 or first + count > self._samples:
+            raise IndexError(f"samples {first} to {first + count - 1} of a dataset of {self._samples}")
+        places = [self._blend[i] for i in range(first, first + count)]
+        samples = [self._sources[source].sample(index) for source, index in places]
+        return to_batch(samples, indices=range(first, first + count), document_mask=self._document_mask)
+
+
+def to_batch(samples: Sequence[Sample], *, indices: Sequence[int], document_mask: bool) -> Batch:
+    """A batch of packed samples.
+
+    With `document_mask`, positions restart at each document and the last token of a document has no target (the next token belongs to
+    another one); without it, every token has a target and positions run through the sample.
+    """
+    rows = np.stack([s.tokens for s in samples])
+    tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
+    seq_len = tokens.shape[1]
+    positions = np.tile(np.arange(seq_len), (len(samples), 1))
+    documents = []
+    for row, sample in enumerate(samples if document_mask else ()):
+        targets[row, sample.borders - 1] = NO_TARGET
+        starts = np.concatenate([[0], sample.borders[sample.borders < seq_len]])
+        lengths = np.diff(starts, append=seq_len)
+        positions[row] -= np.repeat(starts, lengths)
+        documents.append(tuple(lengths.tolist()))
+    arrays = [torch.from_numpy(a) for a in (tokens, targets, positions)]
+    return Batch(*arrays, documents=tuple(documents) if document_mask else None, samples=tuple(indices))
+
+
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """The name of each source, the last part of its path where none is given; two alike are an error."""
+    names = [s.name or Path(s.path).name for s in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"data: two sources are called {name!r}; give one of them another name (data.train.N.name)")
+    return names
+
+
+def source_weights(sources: Sequence[DataSource], weights: Mapping[str, float] | None) -> list[float]:
+    """One weight per source: its own, or where `weights` is given that of its name there, 0 if it has none."""
+    names = source_names(sources)
+    unknown = sorted(set(weights or ()) - set(names))
+    if unknown:
+        raise DataError(f"train.phases.mix names {unknown[0]!r}, which is no source; data.train has {', '.join(names)}")
+    values = [s.weight if weights is None else weights.get(name, 0.0) for s, name in zip(sources, names)]
+    if not any(values):
+        raise DataError("data.train: all weights are 0; give at least one source (data.train.N.weight or the phase's mix) a weight")
+    return values
+
+
+def cache_folder(sources: Sequence[DataSource], cache: str | Path | None) -> Path:
+    """Where the sample index lives: `cache`, or `.cache` beside the first source."""
+    return Path(cache) if cache else Path(sources[0].path).parent / ".cache"
+
+
+def build_dataset(
+    sources: Sequence[DataSource],
+    *,
+    seq_len: int,
+    samples: int | None,
+    seed: int,
+    weights: Mapping[str, float] | None = None,
+    document_mask: bool = True,
+    shuffle: bool = True,
+    cache: str | Path | None = None,
+) -> Dataset:
+    """Open the sources, pack and blend them.
+
+    Args:
+        seq_len: S, tokens per sample.
+        samples: the dataset's length; None reads every source with a weight once. Sample i does not depend on it.
+        seed: of the order of documents and samples; each epoch has its own.
+        weights: per source name, instead of the sources' own; a source that is not named is not used.
+        document_mask: tokens see their own document only (see `to_batch`).
+        shuffle: documents and samples in an order of each epoch; else that of the files.
+        cache: folder of the sample index, which the first process builds; `.cache` beside the first source if None.
+
+    Raises:
+        DataError: no source, unknown names, weights all 0, a file missing or damaged, too few tokens for a sample.
+    """
+    if not sources:
+        raise DataError("data.train is empty; give at least one source, the prefix of a .bin/.idx pair")
+    folder = cache_folder(sources, cache)
+    used = [(n, s, w) for n, s, w in zip(source_names(sources), sources, source_weights(sources, weights)) if w]
+    packed = [PackedSource(s.path, seq_len=seq_len, seed=seed, shuffle=shuffle, cache=folder) for _, s, _ in used]
+    length = sum(p.samples_per_epoch for p in packed) if samples is None else samples
+    blend = Blend([w for _, _, w in used], samples=length, cache=folder)
+    return Dataset([n for n, _, _ in used], packed, blend, samples=length, document_mask=document_mask)
