@@ -159,6 +159,44 @@ def test_leftovers_of_a_killed_run(tmp_path):
     assert len(said) == 2 and "put back" in said[0] and "removed" in said[1]
 
 
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing in the program handles it."""
+
+
+def die_before(monkeypatch, operation: int) -> None:
+    """Let the `operation`-th renaming or deletion from now on, and all after it, not happen; a deletion happens in part."""
+    count = 0
+
+    def dying(real, partly):
+        def call(path, *args):
+            nonlocal count
+            count += 1
+            if count >= operation:
+                partly(path)
+                raise Killed
+            return real(path, *args)
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", dying(Path.rename, lambda path: None))
+    monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree, lambda path: next(Path(path).iterdir()).unlink()))
+
+
+@pytest.mark.parametrize("operation", range(1, 7))
+def test_killed_between_any_two_steps_of_publishing(tmp_path, monkeypatch, operation):
+    save(saver(tmp_path), 1, 2)
+    checkpointer, said = saver(tmp_path, keep_last=1), []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_before(patch, operation)
+        checkpointer.save(2, state(20), META)  # DCP renames; the old goes aside, the new comes, the old is deleted; 1 is renamed, deleted
+    after = saver(tmp_path, said)
+    assert after.newest().name == "step-00000002" and not [text for text in said if "damaged" in text]
+    loaded = state()
+    after.load(after.newest(), loaded)
+    assert same_bits(loaded, state(2) if operation <= 3 else state(20))
+    assert names(after) == (["1", "2"] if operation <= 5 else ["2"])
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json", "manifest.json"])
 @pytest.mark.parametrize("where", [0.0, 0.37, 0.5, 0.99999])
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(tmp_path, name, where):
