@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.ops.registry import register
+from llmtrain.ops.registry import Call, register
 
 
 @register("rope", "reference", speed=0)
@@ -19,7 +19,13 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-@register("rope", "halves", speed=1)
+def _supports_halves(call: Call) -> str | None:
+    if call.device == "cpu" and call.dtype.itemsize == 2:
+        return "is slower than the reference in 16 bits on the CPU"
+    return None
+
+
+@register("rope", "halves", speed=1, supports=_supports_halves)
 def rope_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same without the rotated copy of x, keeping only cos and sin for the backward pass; cos and sin get no gradient."""
     return _Rope.apply(x, cos, sin)

@@ -92,8 +92,9 @@ def test_norms_agree_in_bf16_with_an_fp32_weight(op):
     x, shift = torch.randn(64, 128).bfloat16() * 300, torch.zeros(128)
     weight = torch.ones(128) * 0.5
     args = (x, weight, 1e-6) if op == "rms_norm" else (x, weight, shift, 1e-6)
-    first, second = [entry.function(*args) for entry in implementations(op)]
-    torch.testing.assert_close(first, second, rtol=2**-8, atol=0)
+    first, *others = [entry.function(*args) for entry in implementations(op)]
+    for other in others:
+        torch.testing.assert_close(first, other, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("function", functions("rope"))
