@@ -75,6 +75,7 @@ def run(cfg: RunConfig) -> int:
             s.console.message(f"stopped by a guard: {guard}")
             code = 3
         finally:
+            checkpointer.wait()
             for sink in sinks:
                 sink.close()
         if code == 0 and checkpointer.failed:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from llmtrain.config.parameters import flops_per_token
 from llmtrain.config.run import RunConfig
@@ -189,6 +190,7 @@ class Loop:
         path = self.checkpointer.find(self.cfg.checkpoint.resume)
         if path is None:
             first = self.plan.step(0)
+            self._forget_metrics(0)
             self.engine.begin_phase(rope_base=first.rope_base)
             measured = self.engine.calibrate(self.inputs.dataset_of(first.phase).batch(0, first.micro_batch))
             if measured:
@@ -201,9 +203,13 @@ class Loop:
         self.engine.load_extra_state(meta["engine"])
         self.spikes.load_state(meta["spikes"])
         self.next_step = meta["step"]
-        if self.mesh.rank == 0:
-            self.folder.truncate_metrics(meta["step"])
+        self._forget_metrics(meta["step"])
         self._say(f"resumed from step {meta['step']}: {meta['tokens'] / 1e6:.2f}M tokens, next sample {meta['position']} ({path})")
+
+    def _forget_metrics(self, step: int) -> None:
+        """Steps that will be run again must not be recorded twice."""
+        if self.mesh.rank == 0:
+            self.folder.truncate_metrics(step)
 
     def _check_position(self, path: Path, meta: dict) -> None:
         """The plan must put the checkpoint's step where the checkpoint's data position is."""

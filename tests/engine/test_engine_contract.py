@@ -89,15 +89,15 @@ def test_the_loop_runs_it(kind, tmp_path, mesh):
 def test_a_stopped_run_goes_on_bit_for_bit(kind, tmp_path, mesh):
     whole = loop(kind, configure(tmp_path, name="whole"), mesh)[2]
 
-    class StopAfterTwo:
+    class StopAfterFour:
         asked = 0
 
         def should_stop(self):
             self.asked += 1
-            return "SIGTERM" if self.asked == 3 else None
+            return "SIGTERM" if self.asked == 4 else None
 
-    code, run, _ = loop(kind, configure(tmp_path), mesh, stop=StopAfterTwo())
-    assert code == 2 and run.next_step == 3
+    code, run, _ = loop(kind, configure(tmp_path), mesh, stop=StopAfterFour())
+    assert code == 2 and run.next_step == 4
     code, _, lines = loop(kind, configure(tmp_path), mesh)
     assert code == 0
 

@@ -99,7 +99,7 @@ def train(changes: dict, *, permute: bool = False, fault: str | None = None) -> 
         result = engine.forward_backward(batches)
         if index == 0:
             counts = [batch.target_count for batch in batches]
-            gradients = {name: whole(p.grad).double().numpy() for name, p in engine.parameters.items()}
+            gradients = {name: whole(p.grad).double().clone().numpy() for name, p in engine.parameters.items()}
         engine.grad_norm()
         engine.apply(lr=step.lr)
         losses.append(result.loss)
