@@ -1,0 +1,40 @@
+"""Grouped-query attention (arXiv 2305.13245)."""
+
+from torch import Tensor, nn
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.model.cache import LayerCache
+from llmtrain.model.norm import RMSNorm
+
+
+class Attention(nn.Module):
+    """Project, normalise per head if asked, rotate, attend, project back: [B,S,D] -> [B,S,D].
+
+    The number of heads is read from the projections' output, so a projection sharded over heads from outside just works.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, ops):
+        super().__init__()
+        a, self.ops, self.head_dim = cfg.attention, ops, cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden, a.heads * cfg.head_dim, bias=a.qkv_bias)
+        self.k_proj = nn.Linear(cfg.hidden, cfg.kv_heads * cfg.head_dim, bias=a.qkv_bias)
+        self.v_proj = nn.Linear(cfg.hidden, cfg.kv_heads * cfg.head_dim, bias=a.qkv_bias)
+        self.out_proj = nn.Linear(a.heads * cfg.head_dim, cfg.hidden, bias=a.out_bias)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm.eps, ops=ops) if a.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm.eps, ops=ops) if a.qk_norm else None
+
+    def forward(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None, mask, cache: LayerCache | None = None) -> Tensor:
+        """x [B,S,D]; rope is (cos, sin) [B or 1,1,S,d], None without rotation; mask is a Mask."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B,S,H or K,d]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H or K,S,d]
+        if rope is not None:
+            q, k = self.ops.rope(q, *rope), self.ops.rope(k, *rope)
+        offset = 0
+        if cache is not None:
+            offset = cache.length
+            k, v = cache.update(k, v)
+        out = self.ops.attention(q, k, v, mask=mask, q_offset=offset)  # [B,H,S,d]
+        return self.out_proj(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,42 @@
+"""One transformer block."""
+
+from torch import Tensor, nn
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.model.attention import Attention
+from llmtrain.model.cache import LayerCache
+from llmtrain.model.ffn import build_ffn
+from llmtrain.model.norm import build_norm
+
+
+class Block(nn.Module):
+    """Attention and feed-forward branches, each added to the residual stream [B,S,D].
+
+    pre: h + F(norm(h)); sandwich: h + norm(F(norm(h))), the post norm standing on the branch before the residual add
+    (Pangu Ultra, arXiv 2504.07866). `attend` and `feed_forward` are separate so that a schedule can interleave two
+    micro-batches.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, ops):
+        super().__init__()
+        sandwich = cfg.norm.placement != "pre"
+        self.attention_norm = build_norm(cfg.norm, cfg.hidden, ops=ops)
+        self.attention = Attention(cfg, ops=ops)
+        self.post_attention_norm = build_norm(cfg.norm, cfg.hidden, ops=ops) if sandwich else None
+        self.ffn_norm = build_norm(cfg.norm, cfg.hidden, ops=ops)
+        self.ffn = build_ffn(cfg, ops=ops)
+        self.post_ffn_norm = build_norm(cfg.norm, cfg.hidden, ops=ops) if sandwich else None
+
+    def attend(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None, mask, cache: LayerCache | None = None) -> Tensor:
+        """x [B,S,D] plus its attention branch."""
+        branch = self.attention(self.attention_norm(x), rope=rope, mask=mask, cache=cache)
+        return x + (branch if self.post_attention_norm is None else self.post_attention_norm(branch))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x [B,S,D] plus its feed-forward branch."""
+        branch = self.ffn(self.ffn_norm(x))
+        return x + (branch if self.post_ffn_norm is None else self.post_ffn_norm(branch))
+
+    def forward(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None, mask, cache: LayerCache | None = None) -> Tensor:
+        """[B,S,D] -> [B,S,D]; arguments as in Attention.forward."""
+        return self.feed_forward(self.attend(x, rope=rope, mask=mask, cache=cache))

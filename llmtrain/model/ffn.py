@@ -1,0 +1,37 @@
+"""The dense feed-forward branch."""
+
+from torch import Tensor, nn
+
+from llmtrain.config.model import ModelConfig
+
+
+class SwiGLU(nn.Module):
+    """silu(x Wg) * (x Wu), projected back: [..,D] -> [..,D] (arXiv 2002.05202)."""
+
+    def __init__(self, cfg: ModelConfig, *, ops):
+        super().__init__()
+        self.ops = ops
+        self.gate_proj = nn.Linear(cfg.hidden, cfg.ffn.hidden, bias=cfg.ffn.bias)
+        self.up_proj = nn.Linear(cfg.hidden, cfg.ffn.hidden, bias=cfg.ffn.bias)
+        self.down_proj = nn.Linear(cfg.ffn.hidden, cfg.hidden, bias=cfg.ffn.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class GELU(nn.Module):
+    """gelu(x Wu), projected back: [..,D] -> [..,D] (tanh form, GPT-2)."""
+
+    def __init__(self, cfg: ModelConfig, *, ops):
+        super().__init__()
+        self.ops = ops
+        self.up_proj = nn.Linear(cfg.hidden, cfg.ffn.hidden, bias=cfg.ffn.bias)
+        self.down_proj = nn.Linear(cfg.ffn.hidden, cfg.hidden, bias=cfg.ffn.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.ops.gelu(self.up_proj(x)))
+
+
+def build_ffn(cfg: ModelConfig, *, ops) -> nn.Module:
+    """The branch that `model.ffn.activation` names."""
+    return (SwiGLU if cfg.ffn.activation == "swiglu" else GELU)(cfg, ops=ops)

@@ -1,0 +1,156 @@
+"""Initial weights, the same whatever the mesh."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.model.draw import normals
+
+_RESIDUAL_OUTPUTS = ("out_proj.weight", "down_proj.weight")
+_EMBEDDINGS = ("embedding.weight", "position_embedding.weight")
+_DRAW = 1 << 20  # elements drawn at once, to bound memory
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the parts that activation-checkpoint and compile wrappers add."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def matrix_std(cfg: ModelConfig, name: str) -> float:
+    """Standard deviation of the matrix of this canonical name at the start (Pangu Ultra, arXiv 2504.07866, section on TinyInit).
+
+    normal: init.std, residual outputs init.std / sqrt(2 L). small: sqrt(2 / (5 d)), residual outputs sqrt(2 / (5 d L)).
+    tiny: sqrt(1 / (2 d L)). Embeddings: init.embedding_std, else 0.5 for tiny and the kind's general value otherwise.
+    """
+    init, depth, width = cfg.init, cfg.layers, cfg.hidden
+    if name in _EMBEDDINGS and init.embedding_std is not None:
+        return init.embedding_std
+    if init.kind == "tiny":
+        return 0.5 if name in _EMBEDDINGS else math.sqrt(1 / (2 * width * depth))
+    general, scale = (init.std, 2 * depth) if init.kind == "normal" else (math.sqrt(2 / (5 * width)), depth)
+    return general / math.sqrt(scale) if name.endswith(_RESIDUAL_OUTPUTS) else general
+
+
+def post_norm_gamma(cfg: ModelConfig, branch: str) -> float:
+    """Initial gamma of the norm after `branch` (attention or ffn): 1, or c / sqrt(L) if depth-scaled (Pangu Ultra, eq. 1).
+
+    c `auto` counts as 1 until set_post_norm_gamma is called with the measured value.
+    """
+    if cfg.norm.placement != "depth_scaled_sandwich":
+        return 1.0
+    c = cfg.norm.c_attention if branch == "attention" else cfg.norm.c_ffn
+    return (1.0 if c == "auto" else c) / math.sqrt(cfg.layers)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
+    """Fill every parameter (plain or DTensor) from (seed, canonical name, element index).
+
+    Each rank draws only the elements that it holds, on the CPU. Biases are 0, norm gammas 1, depth-scaled post norms
+    c / sqrt(L). Raises ValueError for a parameter still on meta.
+    """
+    for raw_name, param in model.named_parameters():
+        name = canonical_name(raw_name)
+        if param.is_meta:
+            raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) before initialise")
+        if param.ndim > 1:
+            _fill_normal(param, seed, name, matrix_std(cfg, name))
+        else:
+            _local(param).fill_(_vector_value(cfg, name))
+
+
+def _vector_value(cfg: ModelConfig, name: str) -> float:
+    if name.endswith(".bias"):
+        return 0.0
+    if name.endswith(("post_attention_norm.weight", "post_ffn_norm.weight")):
+        return post_norm_gamma(cfg, "attention" if "post_attention" in name else "ffn")
+    return 1.0
+
+
+def _fill_normal(param: Tensor, seed: int, name: str, std: float) -> None:
+    local = _local(param)  # [rows, ...] of the global [R, ...]
+    if local.numel() == 0:
+        return
+    rows, columns = _held(param, 0), _held(param, 1)
+    inner = math.prod(param.shape[2:])
+    width = param.shape[1] * inner  # elements per global row
+    whole = len(columns) == param.shape[1]
+    step = max(1, _DRAW // width)
+    for at in range(0, len(rows), step):
+        run = rows[at : at + step]
+        drawn = torch.cat([_rows(seed, name, first, last, width) for first, last in _runs(run)])
+        drawn = drawn.view(len(run), *param.shape[1:])
+        local[at : at + step].copy_((drawn if whole else drawn[:, columns]) * std)
+
+
+def _rows(seed: int, name: str, first: int, last: int, width: int) -> Tensor:
+    return torch.from_numpy(normals(seed, name, first * width, last * width)).view(-1, width)
+
+
+def _runs(indices: list[int]) -> list[tuple[int, int]]:
+    """Sorted indices as half-open ranges: [3, 4, 5, 8] -> [(3, 6), (8, 9)]."""
+    breaks = [0, *(i for i in range(1, len(indices)) if indices[i] != indices[i - 1] + 1), len(indices)]
+    return [(indices[a], indices[b - 1] + 1) for a, b in zip(breaks, breaks[1:])]
+
+
+def _held(param: Tensor, dim: int) -> list[int]:
+    """Global indices along `dim` that this rank holds, by sharding the index vector as the parameter is; no communication."""
+    indices = torch.arange(param.shape[dim], device="cpu")
+    if isinstance(param, DTensor):
+        placements = [_along_first(p) if p.is_shard(dim) else Replicate() for p in param.placements]
+        indices = distribute_tensor(indices, param.device_mesh, placements, src_data_rank=None).to_local()
+    return indices.tolist()
+
+
+def _along_first(placement: Shard) -> Shard:
+    if placement.dim == 0:
+        return placement
+    if type(placement) is not Shard:
+        raise ValueError(f"cannot initialise a parameter placed {placement}: only plain shards of dims other than 0 are known")
+    return Shard(0)
+
+
+def _local(param: Tensor) -> Tensor:
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+def measure_branch_std(model: nn.Module, run: Callable[[], object]) -> tuple[float, float]:
+    """Mean over layers of the std of the (attention, ffn) branch before its post norm, over the tokens that `run` forwards.
+
+    `run` does one forward pass of `model`; on several ranks give all of them the same tokens. Defines Pangu Ultra's c_attn, c_mlp.
+    """
+    stds: dict[str, list[Tensor]] = {"attention": [], "ffn": []}
+    hooks = [
+        getattr(block, branch).register_forward_hook(lambda _m, _args, out, to=found: to.append(_std(out)))
+        for block in model.blocks.values()
+        for branch, found in stds.items()
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not stds["attention"]:
+        raise ValueError("run() did not forward the model, so no branch was measured")
+    attention, ffn = (torch.stack(found).mean().item() for found in stds.values())
+    return attention, ffn
+
+
+def _std(out: Tensor) -> Tensor:
+    return (out if out.dtype == torch.float64 else out.float()).std()
+
+
+@torch.no_grad()
+def set_post_norm_gamma(model: nn.Module, c_attention: float, c_ffn: float) -> None:
+    """Set every post-norm gamma to c / sqrt(L); raises ValueError if the model has no post norms."""
+    root = math.sqrt(len(model.blocks))
+    for block in model.blocks.values():
+        if block.post_attention_norm is None:
+            raise ValueError("the model has no post norms; c: auto needs model.norm.placement depth_scaled_sandwich")
+        _local(block.post_attention_norm.weight).fill_(c_attention / root)
+        _local(block.post_ffn_norm.weight).fill_(c_ffn / root)

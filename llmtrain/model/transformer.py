@@ -1,0 +1,85 @@
+"""The decoder-only transformer: embedding, blocks, final norm, head."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.model.block import Block
+from llmtrain.model.cache import KVCache
+from llmtrain.model.family import register_family
+from llmtrain.model.head import Head
+from llmtrain.model.norm import build_norm
+from llmtrain.model.rope import Rope
+
+
+@register_family("transformer")
+class Transformer(nn.Module):
+    """A dense decoder. Computes in the dtype of its parameters; holds no collective and no device name.
+
+    Parameters are left empty: `initialise` fills them after the model is on its device.
+    Raises ValueError if `model.vocab_size` is not set.
+    """
+
+    def __init__(self, cfg: ModelConfig, ops, loss_chunk: int):
+        super().__init__()
+        if cfg.vocab_size is None:
+            raise ValueError("model.vocab_size is not set; give it, or give tokenizer.path so that it is read from the tokenizer")
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.hidden, _weight=torch.empty(cfg.vocab_size, cfg.hidden))
+        learned = cfg.position.kind == "learned"
+        self.position_embedding = _positions(cfg) if learned else None
+        self.rope = None if learned else Rope(cfg.position, cfg.head_dim)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, ops=ops) for i in range(cfg.layers)})
+        self.final_norm = build_norm(cfg.norm, cfg.hidden, ops=ops)
+        self.head = Head(cfg.vocab_size, cfg.hidden, ops=ops, loss_chunk=loss_chunk)
+        self._tie()
+
+    def forward(
+        self, tokens: Tensor, *, mask, positions: Tensor | None = None, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> dict[str, Tensor]:
+        """One pass over tokens [B,S] (int64).
+
+        `mask` is a Mask; `positions` [B or 1,S], counted on from the cache if not given. With `targets` [B,S] (-100 is none)
+        returns {"ce_sum": summed cross-entropy}, else {"logits": [B,S,V]}. A `cache` takes causal masks without documents.
+        """
+        mask = self._mask(mask, cache)
+        if positions is None:
+            start = cache.length if cache is not None else 0
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        x = self.embedding(tokens)  # [B,S,D]
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        rope = self.rope(positions, x.dtype) if self.rope is not None else None
+        for name, block in self.blocks.items():
+            x = block(x, rope=rope, mask=mask, cache=cache.layer(name) if cache is not None else None)
+        x = self.final_norm(x)
+        return {"logits": self.head(x)} if targets is None else {"ce_sum": self.head(x, targets)}
+
+    def set_rope_base(self, base: float) -> None:
+        """Use another RoPE base from the next forward pass on; no parameter changes."""
+        if self.rope is None:
+            raise ValueError(f"rope_base {base} was given but model.position.kind is 'learned'; only 'rope' has a base")
+        self.rope.base = base
+
+    def _mask(self, mask, cache: KVCache | None):
+        if cache is not None and mask.documents is not None:
+            raise ValueError("a KV cache holds one document per row; the mask must have documents=None")
+        window = self.cfg.attention.window
+        return mask if window is None else replace(mask, window=window)
+
+    def _tie(self) -> None:
+        if self.cfg.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _apply(self, fn, recurse=True):
+        # to_empty() and to() replace a parameter per module that holds it, which would untie the head.
+        super()._apply(fn, recurse)
+        if self.cfg.tie_embeddings and self.head.weight is not self.embedding.weight:
+            self._tie()
+        return self
+
+
+def _positions(cfg: ModelConfig) -> nn.Embedding:
+    return nn.Embedding(cfg.max_seq_len, cfg.hidden, _weight=torch.empty(cfg.max_seq_len, cfg.hidden))
