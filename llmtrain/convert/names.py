@@ -1,0 +1,76 @@
+"""Canonical parameter names <-> Hugging Face names, per family. One map serves export and import."""
+
+import re
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.errors import UserError
+
+FAMILIES = ("llama", "qwen2", "qwen3", "openpangu")
+
+_OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.out_proj": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "ffn.gate_proj": "mlp.gate_proj",
+    "ffn.up_proj": "mlp.up_proj",
+    "ffn.down_proj": "mlp.down_proj",
+}
+# Llama calls the norm before the feed-forward branch post_attention_layernorm; openPangu uses that name for what it says.
+_NORMS = {"ffn_norm": "post_attention_layernorm"}
+_SANDWICH_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_mlp_layernorm",
+    "post_ffn_norm": "post_mlp_layernorm",
+}
+
+
+def pick_family(cfg: ModelConfig) -> str:
+    """The Hugging Face family that computes exactly what `cfg` does; UserError with the option in the way if there is none."""
+    a = cfg.attention
+    refused = {
+        "model.norm.kind layer_norm": cfg.norm.kind != "rms_norm",
+        "model.ffn.activation gelu": cfg.ffn.activation != "swiglu",
+        "model.ffn.bias": cfg.ffn.bias,
+        "model.position.kind learned": cfg.position.kind != "rope",
+        "model.attention.window": a.window is not None,
+        "model.attention.out_bias": a.out_bias,
+        "model.attention.qkv_bias with qk_norm": a.qkv_bias and a.qk_norm,
+        "sandwich norm with qkv_bias or qk_norm": cfg.norm.placement != "pre" and (a.qkv_bias or a.qk_norm),
+        "model.position.scaling ntk": cfg.position.scaling is not None and cfg.position.scaling.kind == "ntk",
+    }
+    for option, hit in refused.items():
+        if hit:
+            raise UserError(f"no Hugging Face family here computes {option}; families: {', '.join(FAMILIES)} (set checkpoint.export: none)")
+    if cfg.norm.placement != "pre":
+        return "openpangu"
+    return "qwen3" if a.qk_norm else "qwen2" if a.qkv_bias else "llama"
+
+
+def _block_map(family: str) -> dict[str, str]:
+    return _BLOCK | (_SANDWICH_NORMS if family == "openpangu" else _NORMS)
+
+
+def to_hf(name: str, family: str) -> str:
+    """Hugging Face name of a canonical parameter, e.g. blocks.0.ffn.up_proj.weight -> model.layers.0.mlp.up_proj.weight."""
+    return _rename(name, outside=_OUTSIDE, inside=_block_map(family), pattern=r"blocks\.(\d+)\.(.+)\.(weight|bias)", prefix="model.layers")
+
+
+def from_hf(name: str, family: str) -> str:
+    """Canonical name of a Hugging Face parameter; the inverse of `to_hf`."""
+    outside = {hf: mine for mine, hf in _OUTSIDE.items()}
+    inside = {hf: mine for mine, hf in _block_map(family).items()}
+    return _rename(name, outside=outside, inside=inside, pattern=r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", prefix="blocks")
+
+
+def _rename(name: str, *, outside: dict[str, str], inside: dict[str, str], pattern: str, prefix: str) -> str:
+    if name in outside:
+        return outside[name]
+    match = re.fullmatch(pattern, name)
+    if not match or match[2] not in inside:
+        raise UserError(f"parameter {name!r} has no counterpart in the other naming; known modules: {', '.join(inside)}")
+    return f"{prefix}.{match[1]}.{inside[match[2]]}.{match[3]}"
