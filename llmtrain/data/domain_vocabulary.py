@@ -128,7 +128,8 @@ def merge_models(models: Mapping[str, bytes], weights: Mapping[str, float], *, b
     reserved = _size(model) - len(origin)
     own = {name: set(islice(pieces.all, budget)) for name, pieces in lists.items()}
     report = [
-        DomainShare(name, weights[name], sum(o == i for o in origin.values()), len(own[name] & origin.keys())) for i, name in enumerate(models)
+        DomainShare(name, weights[name], sum(o == i for o in origin.values()), len(own[name] & origin.keys()))
+        for i, name in enumerate(models)
     ]
     return model, MergeReport(reserved, tuple(report), len(dropped))
 
