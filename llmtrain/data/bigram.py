@@ -1,9 +1,9 @@
 """A bigram model of the same tokens: what a model that looks one token back can reach, and a trained one must beat.
 
-p(w | v) is a mixture of bigram, unigram and uniform probabilities with weights per bucket of the count c(v) (Jelinek and Mercer 1980), fitted
-by expectation-maximisation on a tenth of the training tokens that is counted apart. The bigram part is smoothed by absolute discounting
-(Kneser and Ney 1995), max(c(v, w) - d, 0) / c(v) + d n(v) / c(v) m(w) / sum m, where n(v) different tokens follow v, and m(w) different ones
-precede w: on the quickstart's text that makes the baseline 2 % harder to beat than plain counts.
+p(w | v) is a mixture of bigram, unigram and uniform probabilities with weights per bucket of the count c(v) (Jelinek and Mercer
+1980), fitted by expectation-maximisation on a tenth of the training tokens that is counted apart. The bigram part is smoothed by absolute
+discounting (Kneser and Ney 1995), max(c(v, w) - d, 0) / c(v) + d n(v) / c(v) m(w) / sum m, where n(v) different tokens follow v and
+m(w) different ones precede w: on the quickstart's text that makes the baseline 2 % harder to beat than plain counts.
 """
 
 from collections.abc import Sequence

@@ -72,7 +72,7 @@ def _vocabulary(cfg: RunConfig) -> tuple[int, str | None]:
     tokenizer = load(cfg.tokenizer.path, cfg.tokenizer.kind)
     if given is not None and given < tokenizer.vocab_size:
         raise DataError(
-            f"model.vocab_size {given} is below the {tokenizer.vocab_size} of tokenizer.path {cfg.tokenizer.path}; raise it, or leave it out"
+            f"model.vocab_size {given} is below the {tokenizer.vocab_size} of tokenizer.path {cfg.tokenizer.path}; raise it or leave it out"
         )
     return given or tokenizer.vocab_size, tokenizer.fingerprint()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -168,7 +169,7 @@ def _pieces(file: InputFile, target: int) -> list[tuple[Piece, int]]:
         while (cut := _after_delimiter(stream, cuts[-1] + target, delimiter(file))) < file.size:
             cuts.append(cut)
     cuts.append(file.size)
-    return [(Piece(file, a, b), b - a) for a, b in zip(cuts, cuts[1:])]
+    return [(Piece(file, a, b), b - a) for a, b in pairwise(cuts)]
 
 
 def _row_groups(file: InputFile, target: int) -> list[tuple[Piece, int]]:

@@ -80,14 +80,12 @@ def tokenize(
     units = plan_units(files)
     key = _key(files, options, coder, validation, seed)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(Path(f"{out}.lock")):
+    with file_lock(out.with_name(f".{out.name}.lock")):
         done = _up_to_date(out, job, key)
         if done is None:
             kept = _prepare(job.folder, key, say)
             reports = _run(job, coder, units, workers=workers, progress=progress)
-            done = _join(
-                out, job, units=len(units), reports=reports, notes={"key": key, **_notes(coder, files)}, dtype=token_dtype(coder.vocab_size)
-            )
+            done = _join(out, job, reports, {"key": key, **_notes(coder, files)})
             done.kept = kept
     done.seconds = time.monotonic() - began
     return done
@@ -195,9 +193,9 @@ def _spread(job: Job, todo: Sequence[tuple[int, Unit]], workers: int) -> Iterato
         pool.shutdown(cancel_futures=True)
 
 
-def _join(out: Path, job: Job, *, units: int, reports: list[UnitReport], notes: dict[str, object], dtype: object) -> TokenizeReport:
+def _join(out: Path, job: Job, reports: list[UnitReport], notes: dict[str, object]) -> TokenizeReport:
     """Join the units in order, and only then remove them."""
-    result = TokenizeReport(units=units, empty=sum(r.empty for r in reports), bad=sum(r.bad for r in reports))
+    result = TokenizeReport(units=len(reports), empty=sum(r.empty for r in reports), bad=sum(r.bad for r in reports))
     result.messages = [m for r in reports for m in r.messages][:5]
     if not sum(r.documents for r in reports):
         shutil.rmtree(job.folder)
@@ -205,14 +203,12 @@ def _join(out: Path, job: Job, *, units: int, reports: list[UnitReport], notes: 
     for split in job.splits:
         prefix = f"{out}{split}"
         Path(f"{prefix}.json").unlink(missing_ok=True)
-        with TokenWriter(prefix, dtype) as writer:
-            for index in range(units):
+        with TokenWriter(prefix, token_dtype(notes["vocab_size"])) as writer:
+            for index in range(len(reports)):
                 writer.append_file(f"{unit_path(job.folder, index)}{split}")
         file = TokenFile(prefix)
         if not len(file):
-            raise DataError(
-                f"{prefix}: got no document; change --validation {job.validation} or --seed {job.seed}, or cut the text finer with --split"
-            )
+            raise DataError(f"{prefix}: got no document; change --validation or --seed, or cut the text finer with --split")
         result.outputs[prefix] = (len(file), len(file.tokens))
         Path(f"{prefix}.json").write_text(json.dumps({**notes, "documents": len(file), "tokens": len(file.tokens)}, indent=1))
     shutil.rmtree(job.folder)

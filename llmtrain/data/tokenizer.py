@@ -90,7 +90,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._lines_apart = self._lines_are_independent()
 
     def _lines_are_independent(self) -> bool:
-        """Whether encoding line by line gives the same ids: text is taken as it is, and no piece spans a newline. Then it is also faster."""
+        """Whether encoding line by line, which is faster, gives the same ids: text is taken as it is, and no piece spans a newline."""
         probe, model = " a  b \nc ", self._model
         plain = model.normalize(probe) == probe.replace(" ", "\u2581") and model.normalize("a") == "a"
         return plain and not any("\n" in model.id_to_piece(i) for i in range(self.vocab_size))

@@ -107,7 +107,7 @@ def test_wrong_weights(tmp_path, weights, words):
 
 
 def test_no_source_and_equal_names(tmp_path):
-    with pytest.raises(DataError, match="data.train is empty"):
+    with pytest.raises(DataError, match=r"data\.train is empty"):
         build_dataset([], seq_len=16, samples=4, seed=1)
     with pytest.raises(DataError, match="two sources are called 'a'"):
         build_dataset(corpora(tmp_path, a=9) * 2, seq_len=16, samples=4, seed=1)
