@@ -35,7 +35,7 @@ class BigramCounts:
         once, twice = (self._counts == 1).sum(), (self._counts == 2).sum()
         self._discount = once / max(once + 2 * twice, 1)
         followers = np.bincount(self._keys // vocab_size, minlength=vocab_size)
-        self._left_over = self._discount * followers / np.maximum(self._context, 1)
+        self._left_over = np.where(self._context, self._discount * followers / np.maximum(self._context, 1), 1.0)
         self._precede = np.bincount(self._keys % vocab_size, minlength=vocab_size) / max(len(self._keys), 1)
 
     def components(self, pairs: np.ndarray) -> np.ndarray:

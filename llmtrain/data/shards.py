@@ -68,7 +68,7 @@ def run_unit(job: Job, tokenizer: Tokenizer, index: int, unit: Unit) -> UnitRepo
     problems, report = Problems(job.options.bad), UnitReport()
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
-        writers = [stack.enter_context(TokenWriter(f"{prefix}{split}", dtype)) for split in job.splits]
+        writers = [stack.enter_context(TokenWriter(f"{prefix}{split}", dtype, sync=False)) for split in job.splits]
         for batch in _batches(documents(unit, job.options, problems)):
             side = [is_validation(t, share=job.validation, seed=job.seed) if job.validation else False for t in batch]
             for writer, wanted in zip(writers, (False, True)):

@@ -41,11 +41,11 @@ def idx_path(prefix: str | Path) -> Path:
 class TokenWriter:
     """Writes a pair of files as tokens come; both appear under their names only when `close` has written all of them.
 
-    As a context manager it closes on success and removes what it wrote on an error.
+    With `sync` they survive a power cut once closed. As a context manager it closes on success and removes what it wrote on an error.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
-        self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type, *, sync: bool = True) -> None:
+        self.prefix, self.dtype, self._sync = Path(prefix), np.dtype(dtype), sync
         if self.dtype not in CODES:
             raise DataError(f"{prefix}: tokens cannot be stored as {self.dtype}; allowed: {', '.join(str(d) for d in CODES)}")
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +87,11 @@ class TokenWriter:
     def close(self) -> None:
         """Write the index, then move both files to their names; the index last, so that a pair with an index is complete."""
         self._bin.flush()
-        os.fsync(self._bin.fileno())
+        if self._sync:
+            os.fsync(self._bin.fileno())
         self._bin.close()
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
-        write_index(f"{self.prefix}.idx.part", lengths, self.dtype)
+        write_index(f"{self.prefix}.idx.part", lengths, self.dtype, sync=self._sync)
         idx_path(self.prefix).unlink(missing_ok=True)
         os.replace(f"{self.prefix}.bin.part", bin_path(self.prefix))
         os.replace(f"{self.prefix}.idx.part", idx_path(self.prefix))
@@ -111,7 +112,7 @@ class TokenWriter:
             self.discard()
 
 
-def write_index(path: str | Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+def write_index(path: str | Path, lengths: np.ndarray, dtype: np.dtype, *, sync: bool = True) -> None:
     """Write an index of one sequence per document; `lengths` [documents] int32 in tokens."""
     pointers = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
@@ -121,7 +122,8 @@ def write_index(path: str | Path, lengths: np.ndarray, dtype: np.dtype) -> None:
         for array in (lengths.astype("<i4"), pointers.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")):
             out.write(array.data)
         out.flush()
-        os.fsync(out.fileno())
+        if sync:
+            os.fsync(out.fileno())
 
 
 class TokenFile:
