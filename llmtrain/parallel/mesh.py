@@ -20,9 +20,7 @@ class Mesh:
         self.device = device
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        self.device_mesh: DeviceMesh = init_device_mesh(
-            device.kind, tuple(getattr(shape, axis) for axis in AXES), mesh_dim_names=AXES
-        )
+        self.device_mesh: DeviceMesh = init_device_mesh(device.kind, tuple(getattr(shape, axis) for axis in AXES), mesh_dim_names=AXES)
 
     @property
     def data_rank(self) -> int:

@@ -1,7 +1,7 @@
 """Pretraining: tokens in, a trained model out.
 
-    llmtrain train -c configs/quickstart.yaml --train.steps 200
-    torchrun --nproc-per-node 8 -m llmtrain train -c configs/llama3_8b.yaml
+llmtrain train -c configs/quickstart.yaml --train.steps 200
+torchrun --nproc-per-node 8 -m llmtrain train -c configs/llama3_8b.yaml
 """
 
 from pathlib import Path
@@ -70,7 +70,7 @@ def run(cfg: RunConfig) -> int:
         try:
             code = loop.run(stop)
             if code == 0:
-                finish(s, engine)
+                finish(s, engine, loop.validation)
         except GuardStop as guard:
             s.console.message(f"stopped by a guard: {guard}")
             code = 3
@@ -105,23 +105,38 @@ def inputs(cfg: RunConfig):
     def dataset_of(phase: Phase):
         seed = cfg.seed + phase.index
         samples = phase.samples
-        return build_dataset(data.train, seq_len=phase.seq_len, samples=samples, seed=seed, weights=phase.mix, shuffle=data.shuffle, **shared)
+        return build_dataset(
+            data.train, seq_len=phase.seq_len, samples=samples, seed=seed, weights=phase.mix, shuffle=data.shuffle, **shared
+        )
 
     seq_len = cfg.train.seq_len
     validation = {
-        source.name or Path(source.path).name: build_dataset([source], seq_len=seq_len, samples=None, seed=cfg.seed, shuffle=False, **shared)
+        source.name or Path(source.path).name: build_dataset(
+            [source], seq_len=seq_len, samples=None, seed=cfg.seed, shuffle=False, **shared
+        )
         for source in data.validation
     }
     return Inputs(dataset_of=dataset_of, validation=validation)
 
 
-def finish(s, engine) -> None:
-    """After the last step: a sampled passage, the export, the report."""
+def finish(s, engine, losses: dict[str, float]) -> None:
+    """After the last step: a sampled passage, the export, the report, and where they are. Called by all ranks."""
     from llmtrain.stages.results import baseline, export, passage
     from llmtrain.tools.report import write_report
 
     sample, exported = passage(s, engine), export(s, engine)
-    if s.mesh.rank == 0:
-        extra = {"sample": sample, "bigram": baseline(s.cfg), "export": exported}
-        report = write_report(s.folder.path, extra)
-        s.console.message(f"report: {report}")
+    if s.mesh.rank:
+        return
+    bigram = baseline(s.cfg)
+    report = write_report(s.folder.path, {"sample": sample, "bigram": bigram, "export": exported})
+    say = s.console.message
+    for source, loss in losses.items():
+        say(f"validation loss on {source}: {loss:.4f} nats/token")
+    if bigram is not None:
+        say(f"an interpolated bigram model of the same tokens: {bigram:.4f} nats/token")
+    if sample is not None:
+        say(f"a passage by the model:\n\n{sample}\n")
+    say(f"run folder: {s.folder.path}")
+    say(f"report:     {report}")
+    if exported:
+        say(f"weights:    {exported}")

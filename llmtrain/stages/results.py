@@ -23,10 +23,12 @@ def export(s, engine: Engine) -> Path | None:
     if s.cfg.checkpoint.export == "none":
         return None
     from llmtrain.convert.export import export_hf
+    from llmtrain.data.tokenizer import load
 
     target = s.folder.path / "hf"
     if s.mesh.rank == 0:
-        export_hf(target, s.cfg.model, full_weights(engine), tokenizer_path=s.cfg.tokenizer.path)
+        tokenizer = load(s.cfg.tokenizer.path, s.cfg.tokenizer.kind) if s.cfg.tokenizer.path else None
+        export_hf(target, s.cfg.model, full_weights(engine), tokenizer=tokenizer)
     else:
         for _ in full_weights(engine):
             pass
@@ -53,9 +55,14 @@ def passage(s, engine: Engine) -> str | None:
 
 
 def baseline(cfg: RunConfig) -> float | None:
-    """Validation loss (nats/token) of an interpolated bigram model of the training tokens, if metrics.bigram_baseline asks for it."""
+    """Loss (nats/token) of an interpolated bigram model of the training tokens on the validation tokens that the run is judged by.
+
+    None unless metrics.bigram_baseline asks for it.
+    """
     if not cfg.metrics.bigram_baseline or not cfg.data.validation:
         return None
     from llmtrain.data.bigram import bigram_baseline
 
-    return bigram_baseline(cfg.data.train, cfg.data.validation[0], vocab_size=cfg.model.vocab_size)
+    judged = cfg.train.validate_samples * cfg.train.seq_len
+    mask = cfg.data.document_mask
+    return bigram_baseline(cfg.data.train, cfg.data.validation[0], vocab_size=cfg.model.vocab_size, document_mask=mask, inputs=judged)

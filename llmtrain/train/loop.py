@@ -56,6 +56,7 @@ class Loop:
         self.spikes = SpikeDetector(cfg.guards.spike)
         self.next_step = 0
         self.loss: float | None = None
+        self.validation: dict[str, float] = {}
         self.speed: SpeedMeter | None = None
 
     def run(self, stop: StopRequest) -> int:
@@ -150,7 +151,7 @@ class Loop:
         stopping = self.mesh.any(reason is not None) and not last
         with self.speed.pause():
             if self.inputs.validation and not stopping and (last or (train.validate_every and done % train.validate_every == 0)):
-                self.validate(done, seq_len=step.seq_len, micro_batch=step.micro_batch)
+                self.validation = self.validate(done, micro_batch=step.micro_batch)
             if last or stopping or (every and done % every == 0):
                 self._save()
             for message in self.checkpointer.poll():
@@ -163,7 +164,7 @@ class Loop:
                 self._event(step, message)
         return stopping
 
-    def validate(self, done: int, *, seq_len: int, micro_batch: int) -> dict[str, float]:
+    def validate(self, done: int, *, micro_batch: int) -> dict[str, float]:
         """Loss of every validation source after `done` steps."""
         losses = {}
         for name, dataset in self.inputs.validation.items():

@@ -43,7 +43,7 @@ PACKAGES = (
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "NCCL_ALGO", "SLURM_JOB_ID")
 """The only environment variables that env.json records; others may hold secrets."""
 
-_SECRET = re.compile(r"(?i)(api[-_]?key|token|secret|password|passwd|credential)s?$")
+_SECRET = re.compile(r"(?i)(api[-_]?keys?|(?<!sample_)token|secrets?|passwords?|passwd|credentials?)$")
 
 
 class RunFolder:

@@ -9,7 +9,7 @@ from llmtrain.layout.steps import Phase, Step, StepPlan
 
 
 def micro_batches(step: Step, dataset, *, rank: int, ranks: int) -> list[Batch]:
-    """What data-parallel rank `rank` of `ranks` runs in `step`: micro-batch m takes the samples from (m x ranks + rank) x micro_batch on."""
+    """What data-parallel rank `rank` of `ranks` runs in `step`: micro-batch m takes samples from (m x ranks + rank) x micro_batch on."""
     count, local = step.micro_batch, step.first_sample - step.phase.first_sample
     batches = [dataset.batch(local + first, count) for first in range(rank * count, step.batch, ranks * count)]
     offset = step.phase.first_sample
@@ -33,7 +33,7 @@ def step_stream(
 
 
 def validation_batches(dataset, *, samples: int, micro_batch: int, rank: int, ranks: int) -> list[Batch]:
-    """This rank's share of the first `samples` samples. Every rank gets equally many micro-batches, a late one without targets if need be."""
+    """This rank's share of the first `samples` samples. Every rank gets equally many micro-batches, some without targets."""
     batches = []
     for first in range(rank * micro_batch, -(-samples // (ranks * micro_batch)) * ranks * micro_batch, ranks * micro_batch):
         if first < samples:

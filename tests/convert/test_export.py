@@ -59,14 +59,16 @@ def test_openpangu_names(tmp_path):
     folder = export_hf(tmp_path / "hf", cfg, model.named_parameters())
     stored = load_file(folder / "model.safetensors")
     assert json.loads((folder / "config.json").read_text())["sandwich_norm"] is True
-    assert {f"model.layers.1.{n}.weight" for n in ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")} <= set(stored)
+    assert {
+        f"model.layers.1.{n}.weight" for n in ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
+    } <= set(stored)
     back = {from_hf(name, "openpangu"): tensor for name, tensor in stored.items()}
     own = dict(model.named_parameters())
     assert back.keys() == own.keys() and all(torch.equal(back[name], own[name]) for name in own)
     assert "from_hf" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS])
+@pytest.mark.parametrize("preset", list(PRESETS))
 def test_names_are_invertible(preset):
     cfg = ModelConfig.model_validate({"preset": preset, "layers": 2})
     family = pick_family(cfg)

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config.run import RunConfig
+from llmtrain.config.train import ScheduleConfig
 from llmtrain.errors import UserError
 from llmtrain.layout.steps import StepPlan, learning_rate
-from llmtrain.config.train import ScheduleConfig
 
 
 def plan(**train):

@@ -6,13 +6,13 @@ import torch
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET, Batch
 from llmtrain.device import select
+from llmtrain.device.dtypes import torch_dtype
 from llmtrain.engine.native import build
 from llmtrain.layout.steps import StepPlan
 from llmtrain.model.objective import cross_entropy
 from llmtrain.ops import Call, resolve
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.fsdp import local_tensor
-from llmtrain.device.dtypes import torch_dtype
 from llmtrain.train.stream import micro_batches
 
 MODEL = {
@@ -87,7 +87,9 @@ def train(changes: dict, *, permute: bool = False, fault: str | None = None) -> 
     cfg = RunConfig.model_validate(merge(BASE, changes))
     device = select("cpu")
     mesh = world.start(cfg.parallel, device=device)
-    ops = resolve(cfg.kernels, Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2))
+    ops = resolve(
+        cfg.kernels, Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2)
+    )
     engine = build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=ops)
     if fault:
         FAULTS[fault](engine)
