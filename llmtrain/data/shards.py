@@ -96,7 +96,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 def _write(writer: TokenWriter, tokenizer: Tokenizer, texts: list[str]) -> int:
     tokens, lengths = tokenizer.encode_flat(texts)
-    ended = np.insert(tokens, np.cumsum(lengths) - lengths, tokenizer.eod_id)
+    ended = np.insert(tokens, np.cumsum(lengths), tokenizer.eod_id)
     writer.add_many(ended, lengths + 1)
     return len(ended)
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
+from llmtrain.compat import dump_memory_snapshot, record_memory_history
 from llmtrain.config.train import ProfileConfig
 
 ROWS = 40
+MEMORY_ENTRIES = 1_000_000  # allocations kept for the snapshot
 
 
 class StepProfiler:
@@ -55,7 +57,7 @@ class StepProfiler:
             warnings.warn("metrics.profile.memory: memory snapshots need CUDA; the trace alone is recorded", stacklevel=3)
         self._first = first
         if self._memory:
-            torch.cuda.memory._record_memory_history()
+            record_memory_history(torch.cuda, entries=MEMORY_ENTRIES)
         self._profile = torch.profiler.profile(activities=torch.profiler.supported_activities(), record_shapes=True, acc_events=True)
         self._profile.start()
 
@@ -69,5 +71,5 @@ class StepProfiler:
         order = "self_device_time_total" if any(event.self_device_time_total for event in averages) else "self_cpu_time_total"
         Path(f"{stem}.txt").write_text(averages.table(sort_by=order, row_limit=ROWS) + "\n")
         if self._memory:
-            torch.cuda.memory._dump_snapshot(f"{stem}.pickle")
-            torch.cuda.memory._record_memory_history(enabled=None)
+            dump_memory_snapshot(torch.cuda, f"{stem}.pickle")
+            record_memory_history(torch.cuda, entries=None)
