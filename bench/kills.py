@@ -26,7 +26,7 @@ STEPS = 60
 
 
 def command(folder: Path, name: str, steps: int) -> list[str]:
-    """The quickstart, made short: one layer fewer tokens, a checkpoint every few steps."""
+    """The quickstart, made short, with a checkpoint every few steps."""
     options = {
         "name": name,
         "output": str(folder),
@@ -74,17 +74,25 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def wait_for_moment(folder: Path, process: subprocess.Popen, rng: random.Random) -> str:
+def being_written(folder: Path, since: float) -> bool:
+    """Whether a checkpoint is being written that was begun after `since`; an older one is what the last kill left."""
+    try:
+        return any(path.stat().st_ctime > since for path in (folder / "checkpoints").glob("*.partial"))
+    except FileNotFoundError:  # renamed in between: complete
+        return False
+
+
+def wait_for_moment(folder: Path, process: subprocess.Popen, rng: random.Random, *, since: float) -> str:
     """Sleep a random while, or until a checkpoint is being written; says which."""
     if rng.random() < 1 / 3:
         deadline = time.time() + 60
         while time.time() < deadline and process.poll() is None:
-            if list((folder / "checkpoints").glob("*.partial")):
+            if being_written(folder, since):
                 time.sleep(rng.random() * 0.03)
                 return "in a save"
             time.sleep(0.002)
         return "no save seen"
-    deadline = time.time() + rng.uniform(0.5, 14)
+    deadline = time.time() + rng.uniform(0.5, 20)
     while time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     return "at random"
@@ -112,12 +120,13 @@ def one_life(folder: Path, name: str, rng: random.Random) -> dict:
     run = folder / name
     before = complete(run)
     log = (folder / f"{name}.log").open("a")
+    since = time.time()
     process = subprocess.Popen(command(folder, name, STEPS), stdout=log, stderr=log, cwd=ROOT)
-    moment = wait_for_moment(run, process, rng)
+    moment = wait_for_moment(run, process, rng, since=since)
     if process.poll() is not None:
         assert process.returncode == 0, f"ended with {process.returncode}: {(folder / f'{name}.log').read_text()[-3000:]}"
         return {"finished": True}
-    partial = bool(list((run / "checkpoints").glob("*.partial")))
+    partial = being_written(run, since)
     victim = kill(process, rng)
     reached, kept = max(losses(run), default=0), complete(run)
     assert not before or (kept and kept[-1] >= before[-1]), f"a complete checkpoint was lost: {before} -> {kept}"

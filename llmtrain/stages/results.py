@@ -7,6 +7,7 @@ import torch
 
 from llmtrain.config.run import RunConfig
 from llmtrain.engine.base import Engine
+from llmtrain.layout.steps import StepPlan
 
 
 def full_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
@@ -28,7 +29,8 @@ def export(s, engine: Engine) -> Path | None:
     target = s.folder.path / "hf"
     if s.mesh.rank == 0:
         tokenizer = load(s.cfg.tokenizer.path, s.cfg.tokenizer.kind) if s.cfg.tokenizer.path else None
-        export_hf(target, s.cfg.model, full_weights(engine), tokenizer=tokenizer)
+        rope_base = StepPlan.from_config(s.cfg).phases[-1].rope_base
+        export_hf(target, s.cfg.model, full_weights(engine), tokenizer=tokenizer, rope_base=rope_base)
     else:
         for _ in full_weights(engine):
             pass
