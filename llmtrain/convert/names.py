@@ -30,25 +30,43 @@ _SANDWICH_NORMS = {
 
 
 def pick_family(cfg: ModelConfig) -> str:
-    """The Hugging Face family that computes exactly what `cfg` does; UserError with the option in the way if there is none."""
+    """The Hugging Face family that computes exactly what `cfg` does; UserError with the option in the way if there is none.
+
+    Llama and Qwen3 have biases on all four attention projections or on none, Qwen2 on query, key and value.
+    """
     a = cfg.attention
+    sandwich, uneven = cfg.norm.placement != "pre", a.qkv_bias and not a.out_bias
     refused = {
+        f"model.family {cfg.family}": cfg.family != "transformer",
         "model.norm.kind layer_norm": cfg.norm.kind != "rms_norm",
         "model.ffn.activation gelu": cfg.ffn.activation != "swiglu",
-        "model.ffn.bias": cfg.ffn.bias,
         "model.position.kind learned": cfg.position.kind != "rope",
         "model.attention.window": a.window is not None,
-        "model.attention.out_bias": a.out_bias,
-        "model.attention.qkv_bias with qk_norm": a.qkv_bias and a.qk_norm,
-        "sandwich norm with qkv_bias or qk_norm": cfg.norm.placement != "pre" and (a.qkv_bias or a.qk_norm),
-        "model.position.scaling ntk": cfg.position.scaling is not None and cfg.position.scaling.kind == "ntk",
+        "model.attention.out_bias without qkv_bias": a.out_bias and not a.qkv_bias,
+        "model.attention.qkv_bias with qk_norm and without out_bias": uneven and a.qk_norm,
+        "model.ffn.bias with qk_norm": cfg.ffn.bias and a.qk_norm,
+        "model.ffn.bias with attention.qkv_bias and without attention.out_bias": cfg.ffn.bias and uneven,
+        f"model.norm.placement {cfg.norm.placement} with biases or qk_norm": sandwich and (a.qkv_bias or a.qk_norm or cfg.ffn.bias),
     }
     for option, hit in refused.items():
         if hit:
             raise UserError(f"no Hugging Face family here computes {option}; families: {', '.join(FAMILIES)} (set checkpoint.export: none)")
-    if cfg.norm.placement != "pre":
+    if sandwich:
         return "openpangu"
-    return "qwen3" if a.qk_norm else "qwen2" if a.qkv_bias else "llama"
+    return "qwen3" if a.qk_norm else "qwen2" if uneven else "llama"
+
+
+def canonical_names(cfg: ModelConfig) -> list[str]:
+    """Every parameter of a model that has a Hugging Face family."""
+    a = cfg.attention
+    qkv, ffn = ["attention.q_proj", "attention.k_proj", "attention.v_proj"], ["ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"]
+    modules = [*qkv, "attention.out_proj", *ffn, "attention_norm", "ffn_norm"]
+    modules += ["attention.q_norm", "attention.k_norm"] * a.qk_norm
+    modules += ["post_attention_norm", "post_ffn_norm"] * (cfg.norm.placement != "pre")
+    biased = qkv * a.qkv_bias + ["attention.out_proj"] * a.out_bias + ffn * cfg.ffn.bias
+    inside = [f"{module}.weight" for module in modules] + [f"{module}.bias" for module in biased]
+    names = [f"blocks.{layer}.{name}" for layer in range(cfg.layers) for name in inside]
+    return ["embedding.weight", "final_norm.weight", *names] + ["head.weight"] * (not cfg.tie_embeddings)
 
 
 def _block_map(family: str) -> dict[str, str]:

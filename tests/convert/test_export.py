@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.published import PRESETS
-from llmtrain.convert.export import canonical_names, export_hf
-from llmtrain.convert.names import FAMILIES, from_hf, pick_family, to_hf
+from llmtrain.convert.export import export_hf
+from llmtrain.convert.names import FAMILIES, canonical_names, from_hf, pick_family, to_hf
 from llmtrain.errors import UserError
 from llmtrain.model import build, initialise
 from llmtrain.ops import Call, Mask, resolve
@@ -21,6 +22,9 @@ CASES = {
     "llama head dim": {"attention": {"heads": 4, "head_dim": 16}, "position": {"base": 5e5}},
     "llama31 rope": {"attention": {"heads": 4}, "position": {"scaling": {"kind": "llama3", "original_seq_len": 16}}},
     "llama yarn": {"attention": {"heads": 4}, "position": {"scaling": {"kind": "yarn", "factor": 4, "original_seq_len": 16}}},
+    "llama ntk": {"attention": {"heads": 4}, "position": {"scaling": {"kind": "ntk", "factor": 4}}},
+    "llama biases": {"attention": {"heads": 4, "qkv_bias": True, "out_bias": True}, "ffn": {"hidden": 48, "bias": True}},
+    "qwen3 biases": {"attention": {"heads": 4, "qkv_bias": True, "out_bias": True, "qk_norm": True}},
     "qwen2": {"attention": {"heads": 4, "kv_heads": 2, "qkv_bias": True}, "norm": {"eps": 1e-6}},
     "qwen3": {"attention": {"heads": 4, "kv_heads": 2, "qk_norm": True, "head_dim": 16}, "norm": {"eps": 1e-6}},
 }
@@ -42,6 +46,7 @@ def model_of(values: dict):
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, shard_bytes, tmp_path):
     cfg, model = model_of(CASES[case])
+    assert pick_family(cfg) == case.split()[0].replace("llama31", "llama")
     folder = export_hf(tmp_path / "hf", cfg, model.named_parameters(), shard_bytes=shard_bytes)
     assert (folder / "model.safetensors.index.json").exists() == (shard_bytes == 20_000)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -66,6 +71,8 @@ def test_openpangu_names(tmp_path):
     own = dict(model.named_parameters())
     assert back.keys() == own.keys() and all(torch.equal(back[name], own[name]) for name in own)
     assert "from_hf" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="PanguEmbedded"):  # rather than a Llama with its norms in the wrong places
+        transformers.AutoConfig.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -78,13 +85,36 @@ def test_names_are_invertible(preset):
     assert len({to_hf(name, family) for name in names}) == len(names)
 
 
-def test_what_does_not_fit_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"model\.ffn\.activation gelu"):
-        pick_family(ModelConfig.model_validate({"ffn": {"activation": "gelu"}}))
+REFUSED = {
+    "activation gelu": {"ffn": {"activation": "gelu"}},
+    "layer_norm": {"norm": {"kind": "layer_norm"}},
+    "learned": {"position": {"kind": "learned"}},
+    "window": {"attention": {"window": 8}},
+    "out_bias without": {"attention": {"out_bias": True}},
+    "qkv_bias with qk_norm": {"attention": {"qkv_bias": True, "qk_norm": True}},
+    "ffn.bias with qk_norm": {"attention": {"qk_norm": True}, "ffn": {"bias": True}},
+    "sandwich with": {"norm": {"placement": "sandwich"}, "attention": {"qk_norm": True}},
+    "model.family other": {"family": "other"},
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_what_no_family_computes_is_refused(option):
+    with pytest.raises(UserError, match=rf"computes .*{option}.*checkpoint\.export"):
+        pick_family(ModelConfig.model_validate(REFUSED[option]))
+
+
+def test_wrong_weights_are_said(tmp_path):
     cfg, model = model_of(CASES["llama"])
     with pytest.raises(UserError, match=r"missing \['lm_head.weight'\]"):
         export_hf(tmp_path / "hf", cfg, [(n, p) for n, p in model.named_parameters() if n != "head.weight"])
-    assert not (tmp_path / "hf").exists()
+    with pytest.raises(UserError, match=r"not expected \['lm_head.weight'\]"):
+        export_hf(tmp_path / "hf", cfg.model_copy(update={"tie_embeddings": True}), model.named_parameters())
+    with pytest.raises(UserError, match=r"shapes differ"):
+        export_hf(tmp_path / "hf", cfg.model_copy(update={"vocab_size": 98}), model.named_parameters())
+    with pytest.raises(ValueError, match=r"lm_head.weight was given twice"):
+        export_hf(tmp_path / "hf", cfg, [*model.named_parameters(), ("head.weight", model.head.weight)])
+    assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"no counterpart"):
         to_hf("blocks.0.attention.gate.weight", "llama")
 
@@ -95,3 +125,37 @@ def test_dtype_and_replacement(tmp_path):
     export_hf(tmp_path / "hf", cfg, model.named_parameters(), dtype=torch.bfloat16)
     assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_failed_export_leaves_the_older_one(tmp_path):
+    cfg, model = model_of(CASES["llama"])
+    folder = export_hf(tmp_path / "hf", cfg, model.named_parameters())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="missing"):
+        export_hf(folder, cfg, list(model.named_parameters())[1:])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_base_of_the_last_phase_is_what_is_written(tmp_path):
+    cfg, model = model_of(CASES["llama"])
+    model.set_rope_base(1e5)
+    folder = export_hf(tmp_path / "hf", cfg, model.named_parameters(), rope_base=1e5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.arange(48)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, mask=Mask())["logits"], theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_older_readers_find_the_rope_scaling(tmp_path):
+    cfg, model = model_of(CASES["llama yarn"])
+    config = json.loads((export_hf(tmp_path / "hf", cfg, model.named_parameters()) / "config.json").read_text())
+    assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_theta"] == 10_000
+    # Releases of transformers 4 take the factor from these two.
+    assert config["max_position_embeddings"] / config["rope_scaling"]["original_max_position_embeddings"] == 4
+
+
+def test_a_tied_head_is_written_once(tmp_path):
+    cfg, model = model_of(CASES["llama tied"])
+    with safe_open(export_hf(tmp_path / "hf", cfg, model.named_parameters()) / "model.safetensors", "pt") as stored:
+        assert "lm_head.weight" not in stored.keys() and "model.embed_tokens.weight" in stored.keys()  # noqa: SIM118 (not a dict)
