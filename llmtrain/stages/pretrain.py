@@ -9,6 +9,7 @@ from pathlib import Path
 from llmtrain.config.arguments import parse_run_arguments
 from llmtrain.config.run import RunConfig
 from llmtrain.data.check import check_inputs
+from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.steps import Phase, StepPlan
 from llmtrain.plugins import load_plugins
 from llmtrain.tools.launch import is_launched, run_local
@@ -25,12 +26,21 @@ def main(argv: list[str]) -> int:
         return dry_run(cfg)
     if is_launched():
         return run(cfg)
+    ranks = preflight(cfg)
+    return run(cfg) if ranks == 1 else run_local(["train", *argv], ranks, logs=Path(cfg.output) / cfg.name / "log")
+
+
+def preflight(cfg: RunConfig) -> int:
+    """Check what can be known to be wrong before any rank starts; returns the local ranks to start. Raises UserError or DataError."""
     check_inputs(cfg)
-    StepPlan.from_config(cfg)
+    plan = StepPlan.from_config(cfg)
     from llmtrain.stages.session import ranks_wanted
+    from llmtrain.train.stopping import StopRequest
 
     ranks = ranks_wanted(cfg)
-    return run(cfg) if ranks == 1 else run_local(["train", *argv], ranks, logs=Path(cfg.output) / cfg.name / "log")
+    plan.check_batches(dp=MeshShape.from_config(cfg.parallel, world=ranks).dp)
+    with StopRequest(cfg.guards):  # refuses a deadline that has passed
+        return ranks
 
 
 def run(cfg: RunConfig) -> int:

@@ -15,6 +15,7 @@ from llmtrain.errors import UserError
 from llmtrain.layout.steps import Phase, Step, StepPlan
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.train.checkpoint import Checkpointer
+from llmtrain.train.checkpoint_files import complete
 from llmtrain.train.console import Console
 from llmtrain.train.guards import GuardStop, SpikeDetector, check_finite
 from llmtrain.train.metrics import MetricSink, SpeedMeter
@@ -190,6 +191,7 @@ class Loop:
     def _resume(self) -> None:
         path = self.checkpointer.find(self.cfg.checkpoint.resume)
         if path is None:
+            self._refuse_to_start_over()
             first = self.plan.step(0)
             self._forget_metrics(0)
             self.engine.begin_phase(rope_base=first.rope_base)
@@ -206,6 +208,15 @@ class Loop:
         self.next_step = meta["step"]
         self._forget_metrics(meta["step"])
         self._say(f"resumed from step {meta['step']}: {meta['tokens'] / 1e6:.2f}M tokens, next sample {meta['position']} ({path})")
+
+    def _refuse_to_start_over(self) -> None:
+        """A run whose checkpoints all are damaged must not silently begin again and overwrite what is left of it."""
+        folder = self.checkpointer.checkpoints
+        if self.cfg.checkpoint.resume == "auto" and complete(folder):
+            raise UserError(
+                f"every checkpoint in {folder} is damaged; put a whole one there, set checkpoint.resume: none to start over, "
+                "or choose another name (`--name`)"
+            )
 
     def _forget_metrics(self, step: int) -> None:
         """Steps that will be run again must not be recorded twice."""
