@@ -78,7 +78,7 @@ def test_element_i_of_the_model_is_number_i_of_its_name():
 def test_shards_hold_the_same_numbers(tmp_path):
     whole = whole_model(UNEVEN, 7)
     for how, sharded in run_world("init_world:sharded_models", 2, args={"values": UNEVEN, "seed": 7}, folder=tmp_path).items():
-        assert sharded.keys() == whole.keys()
+        assert whole.keys() - sharded.keys() == ({"head.weight"} if "tied" in how else set())
         for name, tensor in sharded.items():
             assert torch.equal(tensor, whole[name]), f"{name} sharded by {how}"
 

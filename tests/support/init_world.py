@@ -27,11 +27,12 @@ def sharded_models(values: dict, seed: int) -> dict[str, dict[str, torch.Tensor]
         ranks = torch.distributed.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     out = {}
-    for how, shard in {"fsdp": _fsdp, "last dim": _last_dim, "two axes": _two_axes}.items():
-        cfg, model = _on_meta(values)
+    for how, shard in {"fsdp": _fsdp, "fsdp, tied": _fsdp, "last dim": _last_dim, "two axes": _two_axes}.items():
+        cfg, model = _on_meta(values | {"tie_embeddings": how == "fsdp, tied"})
         model = shard(model, mesh)
         model.to_empty(device="cpu")
         initialise(model, cfg, seed)
+        assert (model.head.weight is model.embedding.weight) == cfg.tie_embeddings
         assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
         out[how] = {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
     torch.distributed.destroy_process_group()
