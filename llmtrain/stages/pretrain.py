@@ -34,9 +34,11 @@ def preflight(cfg: RunConfig) -> int:
     """Check what can be known to be wrong before any rank starts; returns the local ranks to start. Raises UserError or DataError."""
     check_inputs(cfg)
     plan = StepPlan.from_config(cfg)
+    from llmtrain.device import select
     from llmtrain.stages.session import ranks_wanted
     from llmtrain.train.stopping import StopRequest
 
+    select(cfg.device)  # refuses a device that is not usable here
     ranks = ranks_wanted(cfg)
     plan.check_batches(dp=MeshShape.from_config(cfg.parallel, world=ranks).dp)
     with StopRequest(cfg.guards):  # refuses a deadline that has passed

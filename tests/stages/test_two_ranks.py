@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -164,7 +165,7 @@ def test_a_kill_is_survived_and_said(trail, name, code):
 def test_each_start_resumes_from_the_newest_complete_checkpoint(trail):
     names = [*TRAIL, "finished"]
     assert "resumed" not in trail[names[0]][0].out
-    for before, name in zip(names, names[1:]):
+    for before, name in pairwise(names):
         run, (_, checkpoints, _, _) = trail[name][0], trail[before]
         whole = [int(c.split("-")[1]) for c in checkpoints if "." not in c]
         step = run.resumed()

@@ -1,0 +1,83 @@
+"""What else a user does around a run: dry runs of every configuration, a profile, a passage, the report, the kernels, the configuration."""
+
+import gzip
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llmtrain.stages import pretrain
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MILLIONS = {"llama3_8b": 8030, "llama3_70b": 70554, "smollm2_135m": 134.5, "pangu_ultra_135b": 135000, "qwen3_8b": 8191, "qwen3_0_6b": 596}
+
+pytestmark = pytest.mark.xdist_group("verbs")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_passes_its_dry_run(lab, path, capsys, monkeypatch):
+    monkeypatch.chdir(lab.folder)
+    own = ("--tokenizer.path", "tok.model") if path.stem == "quickstart" else ()
+    assert pretrain.main(["-c", str(path), "--dry-run", "--device", "cpu", *own]) == 0
+    out = capsys.readouterr().out
+    built = int(re.search(r"built on meta: ([\d,]+) parameters", out).group(1).replace(",", ""))
+    counted = int(re.search(r"^  total +([\d,]+)$", out, re.MULTILINE).group(1).replace(",", ""))
+    assert built == counted
+    if path.stem in MILLIONS:
+        assert built / 1e6 == pytest.approx(MILLIONS[path.stem], rel=0.01)
+    assert 4.5 < float(re.search(r"options: loss (\S+)", out).group(1)) < 7.0
+
+
+@pytest.fixture(scope="session")
+def run(lab):
+    return lab.train("verbs", "--train.steps", "8", "--metrics.profile", "{start: 3, steps: 2}")
+
+
+def test_a_profile_window_leaves_a_trace(run):
+    trace = run.path / "profile" / "rank-0-steps-3-4.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert "aten::mm" in names
+    assert "aten::mm" in trace.with_suffix("").with_suffix(".txt").read_text()
+
+
+def test_generate(lab, run):
+    words = ("generate", "runs/verbs", "-p", "KING", "--max-new", "12", "--seed")
+    texts = [lab.command(*words, seed) for seed in ("1", "2")]
+    assert all(code == 0 and out.startswith("KING") and len(out) > 6 and err == "" for code, out, err in texts)
+    assert texts[0][1] != texts[1][1]
+
+
+def test_generate_from_a_folder_that_is_no_run(lab):
+    code, out, err = lab.command("generate", "data-of-mine", "-p", "x")
+    assert (code, out, err) == (1, "", "llmtrain: data-of-mine is no run folder: it has no config.yaml\n")
+
+
+def test_report(lab, run):
+    (run.path / "report.md").unlink()
+    code, out, _ = lab.command("report", "runs/verbs")
+    assert code == 0 and "report.md" in out
+    assert f"mean of the last 8 steps | {sum(run.losses()) / 8:.4f} nats/token" in (run.path / "report.md").read_text()
+
+
+def test_kernels(lab):
+    code, out, _ = lab.command("kernels", "--device", "cpu")
+    assert code == 0 and re.search(r"attention.*sdpa", out)
+
+
+def test_config_show_of_a_file_and_of_a_run(lab, run):
+    code, out, _ = lab.command("config", "show", "-c", "base.yaml", "--train.steps", "8")
+    assert code == 0 and re.search(r"steps: 8 +# command line", out) and re.search(r"layers: 2 +# .*base.yaml", out)
+    kept = lab.folder / "kept.yaml"
+    shutil.copy(run.path / "config.yaml", kept)
+    code, out, _ = lab.command("config", "diff", "kept.yaml", "runs/verbs")
+    assert code == 0 and "train.steps" not in out
+
+
+def test_config_of_a_run_starts_the_same_run(lab, run):
+    kept = lab.folder / "same.yaml"
+    shutil.copy(run.path / "config.yaml", kept)
+    again = lab.train("verbs-again", "--metrics.profile", "null", config="same.yaml")
+    assert again.values() == run.values()
