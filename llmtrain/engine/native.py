@@ -17,7 +17,7 @@ from llmtrain.errors import UserError
 from llmtrain.model import family
 from llmtrain.model.init import initialise, measure_branch_std, set_post_norm_gamma
 from llmtrain.ops import Mask, Ops
-from llmtrain.parallel.fsdp import apply_fsdp, local_tensor, set_gradient_sync
+from llmtrain.parallel.fsdp import apply_fsdp, local_tensor, release_gathered, set_gradient_sync
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.recompute import apply_recompute
 
@@ -181,6 +181,7 @@ class NativeEngine:
         if norm.placement != "depth_scaled_sandwich" or "auto" not in (norm.c_attention, norm.c_ffn):
             return {}
         attention, ffn = measure_branch_std(self.model, lambda: self._forward(batch))
+        release_gathered(self.model)
         c_attention = attention if norm.c_attention == "auto" else norm.c_attention
         c_ffn = ffn if norm.c_ffn == "auto" else norm.c_ffn
         set_post_norm_gamma(self.model, c_attention, c_ffn)

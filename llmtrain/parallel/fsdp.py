@@ -33,6 +33,13 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
         model.set_requires_gradient_sync(on)
 
 
+def release_gathered(model: nn.Module) -> None:
+    """Drop gathered copies that a forward pass left, so that what is written to the modules' parameters goes to the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor; a plain tensor itself."""
     return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
