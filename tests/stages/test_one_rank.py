@@ -194,7 +194,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(lab, small_disk):
     filler = small_disk / "filler"
     filler.write_bytes(bytes(1_100_000))  # leaves room for one checkpoint and a bit
     (lab.folder / "runs").mkdir(exist_ok=True)
-    name = "full"
+    name = "full-disk"
     (lab.folder / "runs" / name).symlink_to(small_disk)
     run = lab.train(name, code=1)
     assert "checkpoint of step 10 failed: No space left on device" in run.out
