@@ -21,6 +21,8 @@ SUFFIXES = {
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 UNIT_BYTES = (1 << 18, 1 << 25)
 """Least and most bytes of a unit, between which it is a 64th of the input."""
+BLOCK = 1 << 16
+"""Bytes read at a time while looking for a place to cut."""
 WHOLE_FILE = ("file", "heading", "scene")
 
 
@@ -192,7 +194,7 @@ def _after_delimiter(stream: BinaryIO, start: int, mark: bytes) -> int:
     """Where the first record begins whose delimiter begins at or after byte `start`; the end of the stream if there is none."""
     stream.seek(start)
     position, held = start, b""
-    while block := stream.read(1 << 16):
+    while block := stream.read(BLOCK):
         held += block
         found = held.find(mark)
         if found >= 0:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from llmtrain.data import inputs as inputs_module
+from llmtrain.data import readers as readers_module
 from llmtrain.data import tokenize as tokenize_module
 from llmtrain.data.errors import DataError
 from llmtrain.data.inputs import ReadOptions, expand, plan_units
@@ -109,9 +110,10 @@ def test_hf_tokenizer(tmp_path, hf_json):
 @given(
     texts=st.lists(st.text(st.sampled_from("ab \n"), min_size=1, max_size=12), min_size=1, max_size=12),
     size=st.integers(1, 40),
+    block=st.integers(1, 8),
     split=st.sampled_from(["line", "blank", "b", "ab", "aa"]),
 )
-def test_cutting_files_changes_nothing(tmp_path_factory, texts, size, split):
+def test_cutting_files_changes_nothing(tmp_path_factory, texts, size, block, split):
     """Documents of a file cut into small units are those of the whole file, in order."""
     folder = tmp_path_factory.mktemp("cut")
     for name, options in (("a.jsonl", ReadOptions()), ("a.txt", ReadOptions(split=split))):
@@ -121,8 +123,10 @@ def test_cutting_files_changes_nothing(tmp_path_factory, texts, size, split):
         for limit in (1 << 20, size):
             with pytest.MonkeyPatch.context() as patch:
                 small_units(patch, limit)
+                patch.setattr(inputs_module, "BLOCK", block)
+                patch.setattr(readers_module, "BLOCK", 1 << 20 if limit > size else block)
                 units = plan_units(files)
-            found.append([d for unit in units for d in documents(unit, options, Problems("fail"))])
+                found.append([d for unit in units for d in documents(unit, options, Problems("fail"))])
         assert found[0] == found[1]
         if name == "a.jsonl":
             assert found[0] == [t for t in texts if t.strip()]

@@ -48,7 +48,14 @@ def test_lines_are_encoded_apart_only_where_that_is_the_same(tmp_path, text_file
     from sentencepiece import SentencePieceTrainer
 
     SentencePieceTrainer.train(
-        input=str(text_file), model_prefix=str(tmp_path / "dummy"), vocab_size=330, model_type="bpe", byte_fallback=True, minloglevel=2
+        input=str(text_file),
+        model_prefix=str(tmp_path / "dummy"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
     )
     library = SentencePieceProcessor(model_file=str(tmp_path / "dummy.model"))
     tokenizer = load(tmp_path / "dummy.model")
