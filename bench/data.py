@@ -44,7 +44,8 @@ def ours(files: list[str], tokenizer: str, out: Path) -> int:
     from llmtrain.data.inputs import ReadOptions
     from llmtrain.data.tokenize import tokenize
 
-    return tokenize(files, out, tokenizer=tokenizer, options=ReadOptions(split="\n## "), workers=2, say=lambda text: None).tokens
+    report = tokenize(files, out, tokenizer=tokenizer, options=ReadOptions(split="\n## "), workers=2, say=lambda text: None)
+    return sum(tokens for _, tokens in report.outputs.values())
 
 
 def compare(files: list[str], tokenizer: str, scratch: Path, rounds: int) -> tuple[list[float], list[float], int]:
