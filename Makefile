@@ -34,7 +34,7 @@ quickstart: install
 	$(BIN)/llmtrain train -c configs/quickstart.yaml $(ARGS)
 
 test: install-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 8
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PLACEMENTS = {"pre": "pre-norm", "sandwich": "sandwich (gamma 1)", "depth_scaled_sandwich": "depth-scaled sandwich"}
 INITS = ("normal", "tiny")
-RATES = (1e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 1e-2, 3e-2, 1e-1, 1.0)
 SEEDS = (1, 2, 3)
 
 

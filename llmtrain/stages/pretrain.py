@@ -82,14 +82,13 @@ def run(cfg: RunConfig) -> int:
         try:
             code = loop.run(stop)
             if code == 0:
-                finish(s, engine, loop.validation)
+                code = finish(s, engine, loop.validation)
         except GuardStop as guard:
             s.console.message(f"stopped by a guard: {guard}")
             code = 3
         finally:
             checkpointer.wait()
-            for sink in sinks:
-                sink.close()
+            close(sinks, say=s.console.message)
         if code == 0 and checkpointer.failed:
             s.console.message(f"the last checkpoint could not be written: {checkpointer.failed}")
             code = 1
@@ -131,14 +130,35 @@ def inputs(cfg: RunConfig):
     return Inputs(dataset_of=dataset_of, validation=validation)
 
 
-def finish(s, engine, losses: dict[str, float]) -> None:
-    """After the last step: a sampled passage, the export, the report, and where they are. Called by all ranks."""
-    from llmtrain.stages.results import baseline, export, passage
+def close(sinks: list, *, say) -> None:
+    """Close the metric sinks; a disk that is full by now must not hide how the run ended."""
+    for sink in sinks:
+        try:
+            sink.close()
+        except OSError as error:
+            say(f"metrics cannot be written to their end: {error}")
+
+
+def finish(s, engine, losses: dict[str, float]) -> int:
+    """After the last step: a sampled passage, the export, the report, and where they are. Called by all ranks; returns the exit code."""
+    from llmtrain.stages.results import export, passage
+
+    sample = passage(s, engine)
+    try:
+        exported = export(s, engine)
+        if s.mesh.rank == 0:
+            summarise(s, losses, sample=sample, exported=exported)
+    except OSError as error:
+        s.console.message(f"the run's results cannot be written: {error}; its checkpoints are whole, `llmtrain report` makes the report")
+        return 1
+    return 0
+
+
+def summarise(s, losses: dict[str, float], *, sample: str | None, exported: Path | None) -> None:
+    """Write the report and say what came out and where it is."""
+    from llmtrain.stages.results import baseline
     from llmtrain.tools.report import write_report
 
-    sample, exported = passage(s, engine), export(s, engine)
-    if s.mesh.rank:
-        return
     bigram = baseline(s.cfg)
     report = write_report(s.folder.path, {"sample": sample, "bigram": bigram, "export": exported})
     say = s.console.message

@@ -26,13 +26,14 @@ def export(s, engine: Engine) -> Path | None:
     from llmtrain.convert.export import export_hf
     from llmtrain.data.tokenizer import load
 
-    target = s.folder.path / "hf"
-    if s.mesh.rank == 0:
-        tokenizer = load(s.cfg.tokenizer.path, s.cfg.tokenizer.kind) if s.cfg.tokenizer.path else None
-        rope_base = StepPlan.from_config(s.cfg).phases[-1].rope_base
-        export_hf(target, s.cfg.model, full_weights(engine), tokenizer=tokenizer, rope_base=rope_base)
-    else:
-        for _ in full_weights(engine):
+    target, weights = s.folder.path / "hf", full_weights(engine)
+    try:
+        if s.mesh.rank == 0:
+            tokenizer = load(s.cfg.tokenizer.path, s.cfg.tokenizer.kind) if s.cfg.tokenizer.path else None
+            rope_base = StepPlan.from_config(s.cfg).phases[-1].rope_base
+            export_hf(target, s.cfg.model, weights, tokenizer=tokenizer, rope_base=rope_base)
+    finally:
+        for _ in weights:  # the other ranks gather with this one, even if it could not write
             pass
     return target
 

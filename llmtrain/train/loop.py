@@ -58,6 +58,7 @@ class Loop:
         self.next_step = 0
         self.loss: float | None = None
         self.validation: dict[str, float] = {}
+        self.metrics_lost = False
         self.speed: SpeedMeter | None = None
 
     def run(self, stop: StopRequest) -> int:
@@ -257,9 +258,15 @@ class Loop:
     # --- talking --------------------------------------------------------------------------------------------------------------------
 
     def _write(self, step: int, values: dict) -> None:
-        if self.mesh.rank == 0:
-            for sink in self.sinks:
+        if self.mesh.rank:
+            return
+        for sink in self.sinks:
+            try:
                 sink.write(step, values)
+            except OSError as error:  # a full disk must not end the run: what trains is in memory
+                if not self.metrics_lost:
+                    self.console.message(f"metrics cannot be written: {error}; training goes on, this is said once")
+                self.metrics_lost = True
 
     def _say(self, text: str) -> None:
         if self.mesh.rank == 0:

@@ -74,7 +74,6 @@ def reference(name: str) -> str:
     return "fp64 tied" if "tied" in name else "fp64"
 
 
-@pytest.mark.xdist_group("sameness")
 @pytest.mark.parametrize("name", [n for s in WORLDS.values() for n in s if "fp" not in n and "broken" not in n])
 def test_float64_is_the_same_on_every_mesh(runs, name):
     run, one = runs[name], runs[reference(name)]
@@ -82,7 +81,6 @@ def test_float64_is_the_same_on_every_mesh(runs, name):
     assert gradient_difference(run, one) < 1e-9
 
 
-@pytest.mark.xdist_group("sameness")
 @pytest.mark.parametrize("name", [n for s in (TWO, FOUR) for n in s if n.endswith("fp32")])
 def test_float32_is_within_five_times_the_control(runs, name):
     control = loss_difference(runs["fp32 permuted"], runs["fp32"])
@@ -92,21 +90,18 @@ def test_float32_is_within_five_times_the_control(runs, name):
     assert difference <= 5 * control
 
 
-@pytest.mark.xdist_group("sameness")
 @pytest.mark.parametrize("name", ["broken count", "broken sync"])
 def test_a_broken_reduction_is_seen(runs, name):
     assert loss_difference(runs[name], runs["fp64"]) > 1e-6
     assert gradient_difference(runs[name], runs["fp64"]) > 1e-3
 
 
-@pytest.mark.xdist_group("sameness")
 def test_ranks_and_micro_batches_have_unequal_target_counts(runs):
     counts = runs["shard 2, accumulation"]["counts"]
     assert len({count for rank in counts for count in rank}) > 4
     assert len({sum(rank) for rank in counts}) == 2
 
 
-@pytest.mark.xdist_group("sameness")
 def test_the_run_learns(runs):
     losses = runs["fp64"]["losses"]
     assert losses[-1] < losses[0]
