@@ -164,7 +164,7 @@ def plan_units(files: Sequence[InputFile]) -> list[Unit]:
 def _pieces(file: InputFile, target: int) -> list[tuple[Piece, int]]:
     if file.format == "parquet":
         return _row_groups(file, target)
-    if file.size < 2 * target or file.compressed or (file.format == "text" and file.split in WHOLE_FILE):
+    if file.size < 2 * target or file.compressed or not _cuttable(file):
         return [(Piece(file), file.size)]
     cuts = [0]
     with file.open() as stream:
@@ -172,6 +172,17 @@ def _pieces(file: InputFile, target: int) -> list[tuple[Piece, int]]:
             cuts.append(cut)
     cuts.append(file.size)
     return [(Piece(file, a, b), b - a) for a, b in pairwise(cuts)]
+
+
+def _cuttable(file: InputFile) -> bool:
+    """Whether documents can be told from any place in a text file on: not by a separator like "==", which "===" holds in two places.
+
+    Empty lines are an exception, because newlines at a document's ends are taken off anyway.
+    """
+    if file.format == "jsonl" or file.split == "blank":
+        return True
+    mark = delimiter(file)
+    return file.split not in WHOLE_FILE and not any(mark[:n] == mark[-n:] for n in range(1, len(mark)))
 
 
 def _row_groups(file: InputFile, target: int) -> list[tuple[Piece, int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -106,13 +106,14 @@ def test_hf_tokenizer(tmp_path, hf_json):
     assert read(tmp_path / "out", load(hf_json)) == TEXTS
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     texts=st.lists(st.text(st.sampled_from("ab \n"), min_size=1, max_size=12), min_size=1, max_size=12),
     size=st.integers(1, 40),
     block=st.integers(1, 8),
     split=st.sampled_from(["line", "blank", "b", "ab", "aa"]),
 )
+@example(texts=["a", "aa aaa"], size=2, block=1, split="aa")
 def test_cutting_files_changes_nothing(tmp_path_factory, texts, size, block, split):
     """Documents of a file cut into small units are those of the whole file, in order."""
     folder = tmp_path_factory.mktemp("cut")
