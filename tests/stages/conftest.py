@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -89,7 +90,9 @@ class Lab:
     def start(self, *argv: str, launcher: tuple[str, ...] = (), env: dict | None = None) -> subprocess.Popen:
         command = [sys.executable, *launcher, "-m", "llmtrain", *map(str, argv)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=self.folder, env=self.env | (env or {}), stdin=subprocess.DEVNULL, **pipes)
+        # A shell ignores SIGINT in what it runs in the background, children included; these tests send it.
+        heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        process = subprocess.Popen(command, cwd=self.folder, env=self.env | (env or {}), stdin=subprocess.DEVNULL, **pipes, **heed)
         self.started.append(psutil.Process(process.pid))
         return process
 

@@ -127,11 +127,11 @@ def ctrl_c(process: subprocess.Popen) -> None:
 
 
 TRAIL = {
-    "launcher killed": (kill_launcher, 7),
-    "rank killed": (kill_rank_1, 14),
-    "all killed": (kill_all, 20),
-    "SIGTERM": (terminate, 26),
-    "SIGINT": (ctrl_c, 32),
+    "SIGTERM": (terminate, 7),  # the signals first: they take effect a moment later, which must not be after the last step
+    "SIGINT": (ctrl_c, 14),
+    "launcher killed": (kill_launcher, 20),
+    "rank killed": (kill_rank_1, 26),
+    "all killed": (kill_all, 32),
 }
 
 
