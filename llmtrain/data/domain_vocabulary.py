@@ -20,9 +20,6 @@ from llmtrain.data.errors import DataError
 from llmtrain.data.inputs import ReadOptions
 from llmtrain.data.train_tokenizer import BYTES, RESERVED, train_bytes, training_lines, write_model
 
-ROUNDS = 20
-"""Most rounds of dropping pieces that cannot come out."""
-
 
 @dataclass(frozen=True)
 class Domain:
@@ -108,8 +105,8 @@ def _check(domains: Sequence[Domain]) -> None:
     for domain in domains:
         if names.count(domain.name) > 1:
             raise DataError(f"--domain {domain.name!r} is given twice; list its inputs after one another, separated by commas")
-        if not domain.weight > 0:
-            raise DataError(f"--domain {domain.name!r} has weight {domain.weight}; it must be above 0")
+        if not 0 < domain.weight < float("inf"):
+            raise DataError(f"--domain {domain.name!r} has weight {domain.weight}; it must be above 0 and finite")
 
 
 def merge_models(models: Mapping[str, bytes], weights: Mapping[str, float], *, budget: int) -> tuple[bytes, MergeReport]:
@@ -118,7 +115,7 @@ def merge_models(models: Mapping[str, bytes], weights: Mapping[str, float], *, b
     template = next(iter(models.values()))
     shares = whole_shares([weights[name] for name in models])
     dropped: set[str] = set()
-    for _ in range(ROUNDS):
+    while True:  # each round drops pieces of finite lists
         origin = _take_turns(lists, shares, budget=budget, dropped=dropped)
         model = _assemble(template, lists, list(origin))
         lost = _unreachable(model, [p for p in origin if len(p) > 1])

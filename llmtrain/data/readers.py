@@ -50,7 +50,8 @@ def _text(piece: Piece, options: ReadOptions, problems: Problems) -> Iterator[st
         for offset, record in records(piece):
             text = _decode(record, piece.file, offset, problems)
             if text is not None and text.strip():
-                yield text.strip("\n")
+                _refuse_windows_blank_lines(piece.file, text)
+                yield text.strip("\r\n")
         return
     with piece.file.open() as stream:
         text = _decode(stream.read().removeprefix(BOM), piece.file, 0, problems)
@@ -58,6 +59,11 @@ def _text(piece: Piece, options: ReadOptions, problems: Problems) -> Iterator[st
         problems.add(f"{piece.file.path}: holds no text")
     elif text is not None:
         yield from {"file": lambda t: [t], "heading": heading_sections, "scene": scenes}[piece.file.split](text)
+
+
+def _refuse_windows_blank_lines(file: InputFile, text: str) -> None:
+    if file.split == "blank" and "\r\n\r\n" in text:
+        raise DataError(f"{file.path}: has Windows line ends, between which --split blank sees no blank line; convert it to plain newlines")
 
 
 def _jsonl(piece: Piece, options: ReadOptions, problems: Problems) -> Iterator[str]:
@@ -82,6 +88,8 @@ def _field(line: str, name: str) -> str | DataError:
         return DataError(f"not valid JSON: {error.msg} at column {error.colno}")
     except RecursionError:
         return DataError("JSON nested too deeply")
+    except ValueError as error:  # a number of more digits than Python converts
+        return DataError(f"not readable JSON: {error}")
     if not isinstance(value, dict):
         return DataError(f"a JSON object is wanted, this is a {type(value).__name__}")
     if name not in value:

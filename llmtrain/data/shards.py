@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llmtrain.data.errors import DataError
 from llmtrain.data.inputs import ReadOptions, Unit
 from llmtrain.data.readers import Problems, documents
-from llmtrain.data.token_file import TokenWriter, token_dtype
+from llmtrain.data.token_file import TokenFile, TokenWriter, token_dtype
 from llmtrain.data.tokenizer import Tokenizer, load
 
 BATCH_CHARACTERS = 1 << 20
@@ -52,8 +53,19 @@ class UnitReport:
 
 
 def unit_path(folder: Path, index: int) -> Path:
-    """The prefix of a unit's files; the unit is finished when `PREFIX.json` exists."""
+    """The prefix of a unit's files; `PREFIX.json` is written last."""
     return folder / f"unit-{index:06d}"
+
+
+def finished(job: Job, index: int) -> UnitReport | None:
+    """What an earlier call wrote of a unit; None if that is not complete, be it for a kill or a power cut, and must be done again."""
+    prefix = unit_path(job.folder, index)
+    try:
+        report = UnitReport(**json.loads(Path(f"{prefix}.json").read_text()))
+        tokens = sum(len(TokenFile(f"{prefix}{split}").tokens) for split in job.splits)
+    except (FileNotFoundError, DataError, ValueError, TypeError):
+        return None
+    return report if tokens == report.tokens else None
 
 
 def is_validation(text: str, *, share: float, seed: int) -> bool:
@@ -63,7 +75,7 @@ def is_validation(text: str, *, share: float, seed: int) -> bool:
 
 
 def run_unit(job: Job, tokenizer: Tokenizer, index: int, unit: Unit) -> UnitReport:
-    """Tokenise one unit; returns at once what an earlier, interrupted call has finished."""
+    """Tokenise one unit, whose note is written when all else is."""
     prefix = unit_path(job.folder, index)
     problems, report = Problems(job.options.bad), UnitReport()
     with ExitStack() as stack:

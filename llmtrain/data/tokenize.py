@@ -19,9 +19,11 @@ from pathlib import Path
 from llmtrain.data.cache import content_key, file_lock
 from llmtrain.data.errors import DataError
 from llmtrain.data.inputs import InputFile, ReadOptions, Unit, expand, plan_units
-from llmtrain.data.shards import Job, UnitReport, Worker, run_unit, unit_path
+from llmtrain.data.shards import Job, UnitReport, Worker, finished, run_unit, unit_path
 from llmtrain.data.token_file import TokenFile, TokenWriter, token_dtype
 from llmtrain.data.tokenizer import Tokenizer, load
+
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -73,6 +75,8 @@ def tokenize(
     options = options or ReadOptions()
     if not 0 <= validation < 1:
         raise DataError(f"--validation {validation} is not a share from 0 to below 1")
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers {workers} is not allowed; give 1 or more, or leave it out for one per usable CPU")
     workers = workers or len(os.sched_getaffinity(0))
     began, out = time.monotonic(), Path(out)
     coder, files = load(tokenizer, kind), expand(inputs, options)
@@ -83,10 +87,11 @@ def tokenize(
     with file_lock(out.with_name(f".{out.name}.lock")):
         done = _up_to_date(out, job, key)
         if done is None:
-            kept = _prepare(job.folder, key, say)
-            reports = _run(job, coder, units, workers=workers, progress=progress)
+            _prepare(job.folder, key, say)
+            earlier = [finished(job, i) for i in range(len(units))]
+            reports = _run(job, coder, units, earlier, workers=workers, progress=progress)
             done = _join(out, job, reports, {"key": key, **_notes(coder, files)})
-            done.kept = kept
+            done.kept = sum(report is not None for report in earlier)
     done.seconds = time.monotonic() - began
     return done
 
@@ -128,30 +133,37 @@ def _up_to_date(out: Path, job: Job, key: str) -> TokenizeReport | None:
     return report
 
 
-def _prepare(folder: Path, key: str, say: Callable[[str], None]) -> int:
-    """Make the folder of parts ready; returns how many finished units in it count."""
-    manifest = folder / "manifest.json"
+def _prepare(folder: Path, key: str, say: Callable[[str], None]) -> None:
+    """Make the folder of parts ready: keep it if it was made in the same way, else begin anew."""
+    manifest = folder / MANIFEST
     if folder.is_dir():
-        if manifest.is_file() and json.loads(manifest.read_text()).get("key") == key:
-            return len(list(folder.glob("unit-*.json")))
-        say(f"{folder}: parts of other input, tokenizer or options; starting anew")
-        shutil.rmtree(folder)
+        if manifest.is_file():
+            if manifest.read_text() == json.dumps({"key": key}):
+                return
+            say(f"{folder}: parts of other input, tokenizer or options; starting anew")
+        _remove(folder)
     folder.mkdir(parents=True)
     aside = folder / "manifest.part"
     aside.write_text(json.dumps({"key": key}))
     aside.rename(manifest)
-    return 0
 
 
-def _run(job: Job, coder: Tokenizer, units: Sequence[Unit], *, workers: int, progress: bool) -> list[UnitReport]:
-    """Do the units that are not finished; returns the reports of all."""
-    finished = [unit_path(job.folder, i).with_suffix(".json").is_file() for i in range(len(units))]
-    todo = [(i, unit) for i, unit in enumerate(units) if not finished[i]]
+def _remove(folder: Path) -> None:
+    """Remove the parts, the manifest first: what a kill leaves of them is then never taken for whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _run(
+    job: Job, coder: Tokenizer, units: Sequence[Unit], earlier: Sequence[UnitReport | None], *, workers: int, progress: bool
+) -> list[UnitReport]:
+    """Do the units that no earlier call finished; returns the reports of all."""
+    todo = [(i, unit) for i, unit in enumerate(units) if earlier[i] is None]
     bar = _bar() if progress else nullcontext()
     with bar:
         task = bar.add_task("tokenising", total=sum(u.size for u in units)) if progress else None
         if progress:
-            bar.advance(task, sum(u.size for u, f in zip(units, finished) if f))
+            bar.advance(task, sum(u.size for u, report in zip(units, earlier) if report is not None))
         steps = _here(job, coder, todo) if min(workers, len(todo)) <= 1 else _spread(job, todo, workers)
         for unit in steps:
             if progress:
@@ -160,9 +172,11 @@ def _run(job: Job, coder: Tokenizer, units: Sequence[Unit], *, workers: int, pro
 
 
 def _bar() -> object:
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _here(job: Job, coder: Tokenizer, todo: Sequence[tuple[int, Unit]]) -> Iterator[Unit]:
@@ -198,7 +212,7 @@ def _join(out: Path, job: Job, reports: list[UnitReport], notes: dict[str, objec
     result = TokenizeReport(units=len(reports), empty=sum(r.empty for r in reports), bad=sum(r.bad for r in reports))
     result.messages = [m for r in reports for m in r.messages][:5]
     if not sum(r.documents for r in reports):
-        shutil.rmtree(job.folder)
+        _remove(job.folder)
         raise DataError(f"{out}: no document in the input ({result.empty} records without text, {result.bad} unreadable)")
     for split in job.splits:
         prefix = f"{out}{split}"
@@ -211,5 +225,5 @@ def _join(out: Path, job: Job, reports: list[UnitReport], notes: dict[str, objec
             raise DataError(f"{prefix}: got no document; change --validation or --seed, or cut the text finer with --split")
         result.outputs[prefix] = (len(file), len(file.tokens))
         Path(f"{prefix}.json").write_text(json.dumps({**notes, "documents": len(file), "tokens": len(file.tokens)}, indent=1))
-    shutil.rmtree(job.folder)
+    _remove(job.folder)
     return result

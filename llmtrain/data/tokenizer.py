@@ -80,7 +80,9 @@ class SentencePieceTokenizer(Tokenizer):
 
         self.path = path
         try:
-            self._model = SentencePieceProcessor(model_proto=path.read_bytes())
+            if not (content := path.read_bytes()):  # which the library would take for "no model given"
+                raise RuntimeError("the file is empty")
+            self._model = SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path}: not a sentencepiece model ({error}); set tokenizer.path or --tokenizer") from error
         self.vocab_size = self._model.vocab_size()
@@ -144,9 +146,12 @@ class HFTokenizer(Tokenizer):
         config = self.path.parent / "tokenizer_config.json"
         if not config.is_file():
             return {}
-        given = json.loads(config.read_text(encoding="utf-8"))
-        names = {n: given.get(n) for n in ("bos_token", "eos_token")}
-        return {n: v["content"] if isinstance(v, dict) else v for n, v in names.items() if v}
+        try:
+            given = json.loads(config.read_text(encoding="utf-8"))
+            names = {n: given.get(n) for n in ("bos_token", "eos_token")}
+            return {n: v["content"] if isinstance(v, dict) else v for n, v in names.items() if v}
+        except (ValueError, AttributeError, KeyError) as error:
+            raise DataError(f"{config}: not a tokenizer_config.json ({error!r}); mend it, or move it away from {self.path.name}") from error
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids

@@ -1,8 +1,8 @@
 """Training a sentencepiece BPE vocabulary that gives every text back exactly."""
 
 import io
-import os
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llmtrain.data.errors import DataError
@@ -14,6 +14,10 @@ SENTENCE_BYTES = 4000
 RESERVED = 3
 """<unk>, <s>, </s>: ids 0, 1, 2."""
 BYTES = 256
+THREADS = 16
+"""The library's default; the model file records it, so that it must not depend on the machine. It does not change the pieces."""
+SAMPLING_SEED = 1234
+"""Of the lines taken where there are more than `max_lines`. The library's own sampling differs from run to run, whatever its seed."""
 
 
 def training_lines(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
@@ -46,7 +50,7 @@ def train_sentencepiece(
     symbols: Sequence[str] = (),
     max_lines: int = 5_000_000,
 ) -> Path:
-    """Train a BPE model on files and write it to `out`.
+    """Train a BPE model on files and write it to `out`; the same input and options give the same bytes.
 
     No normalisation, no added or removed space, digits one by one: `decode(encode(text)) == text`, save that a literal U+2581, which
     sentencepiece writes for a space, comes back as one. Characters outside the vocabulary become bytes with `byte_fallback`.
@@ -98,7 +102,10 @@ def train_bytes(
     smallest = RESERVED + BYTES * byte_fallback + len(symbols) + 1
     if vocab_size < smallest:
         raise DataError(f"--vocab-size {vocab_size} is below {smallest}, the reserved pieces, bytes and symbols alone")
-    model, source = io.BytesIO(), _Lines(lines)
+    chosen = sample(lines, max_lines)
+    if not chosen:
+        raise DataError("--input holds no text to train a tokenizer on")
+    model = io.BytesIO()
     settings = {
         "model_type": "bpe",
         "vocab_size": vocab_size,
@@ -110,44 +117,29 @@ def train_bytes(
         "allow_whitespace_only_pieces": True,
         "split_digits": True,
         "user_defined_symbols": list(symbols),
-        "input_sentence_size": max_lines,
-        "shuffle_input_sentence": True,
-        "num_threads": len(os.sched_getaffinity(0)),
+        "num_threads": THREADS,
         "hard_vocab_limit": exact_size,
         "minloglevel": 2,
     }
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=source, model_writer=model, **settings)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(chosen), model_writer=model, **settings)
     except (RuntimeError, ValueError) as error:
-        if source.failed is not None:
-            raise source.failed from None
-        if not source.count:
-            raise DataError("--input holds no text to train a tokenizer on") from error
         raise DataError(f"the tokenizer cannot be trained with --vocab-size {vocab_size}: {_reason(error)}") from error
-    if source.failed is not None:
-        raise source.failed
     return model.getvalue()
 
 
-class _Lines:
-    """Counts lines and keeps an error that the library would turn into one of its own."""
-
-    def __init__(self, lines: Iterator[str]) -> None:
-        self._lines, self.count, self.failed = lines, 0, None
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        try:
-            line = next(self._lines)
-        except DataError as error:
-            self.failed = error
-            raise StopIteration from error
-        self.count += 1
-        return line
+def sample(lines: Iterable[str], most: int) -> list[str]:
+    """At most so many of the lines, any of them equally likely and always the same ones (Vitter 1985, algorithm R)."""
+    draw, chosen = random.Random(SAMPLING_SEED), []
+    for count, line in enumerate(lines):
+        if count < most:
+            chosen.append(line)
+        elif (place := int(draw.random() * (count + 1))) < most:
+            chosen[place] = line
+    return chosen
 
 
 def _reason(error: Exception) -> str:
-    """The last sentence of the library's message, which begins with a source file and a condition."""
-    return str(error).strip().rpartition("] ")[2] or str(error)
+    """What follows source file and condition in the library's message, with our names of its options."""
+    message = str(error).strip().rpartition("] ")[2] or str(error)
+    return message.replace("vocab_size or decrease character_coverage with --character_coverage option", "--vocab-size or lower --coverage")

@@ -31,6 +31,20 @@ def _verb(verbs: argparse._SubParsersAction, name: str, run: object, text: str) 
     return verb
 
 
+def _count(word: str) -> int:
+    return _at_least(1, word)
+
+
+def _count_or_none(word: str) -> int:
+    return _at_least(0, word)
+
+
+def _at_least(least: int, word: str) -> int:
+    if not word.strip().isdecimal() or int(word) < least:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of {least} or more")
+    return int(word)
+
+
 def _reading_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--format", default="auto", choices=("auto", "text", "jsonl", "parquet"), help="of all files; auto goes by the suffix"
@@ -57,7 +71,7 @@ def _tokenizer_words(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--out", required=True, metavar="FILE.model", help="the model to write")
     verb.add_argument("--coverage", type=float, default=0.9995, metavar="SHARE", help="of characters that get a piece of their own")
     verb.add_argument("--symbol", action="append", default=[], metavar="TEXT", help="a text that is always one token; may be repeated")
-    verb.add_argument("--max-lines", type=int, default=5_000_000, metavar="N", help="train on a sample of at most this many lines")
+    verb.add_argument("--max-lines", type=_count, default=5_000_000, metavar="N", help="train on a sample of at most this many lines")
     verb.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become <unk> (text is then lost)")
     _reading_words(verb)
 
@@ -73,7 +87,7 @@ def _tokenize_words(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--kind", default="auto", choices=("auto", "sentencepiece", "hf"), help="library that reads the tokenizer")
     verb.add_argument("--out", required=True, metavar="PREFIX", help="prefix of the files to write")
-    verb.add_argument("--workers", type=int, default=None, metavar="N", help="processes; the usable CPUs if not given")
+    verb.add_argument("--workers", type=_count, default=None, metavar="N", help="processes; the usable CPUs if not given")
     verb.add_argument(
         "--validation",
         type=float,
@@ -92,9 +106,9 @@ def _inspect_words(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("prefix", help="prefix of a .bin/.idx pair")
     verb.add_argument("--tokenizer", metavar="PATH", help="to show text and check the ids")
     verb.add_argument("--kind", default="auto", choices=("auto", "sentencepiece", "hf"), help="library that reads the tokenizer")
-    verb.add_argument("--documents", type=int, default=2, metavar="N", help="documents shown")
-    verb.add_argument("--seq-len", type=int, default=None, metavar="S", help="also show samples packed to this length")
-    verb.add_argument("--samples", type=int, default=2, metavar="N", help="packed samples shown")
+    verb.add_argument("--documents", type=_count_or_none, default=2, metavar="N", help="documents shown")
+    verb.add_argument("--seq-len", type=_count, default=None, metavar="S", help="also show samples packed to this length")
+    verb.add_argument("--samples", type=_count, default=2, metavar="N", help="packed samples shown")
     verb.add_argument("--seed", type=int, default=1234, metavar="N", help="their order")
 
 

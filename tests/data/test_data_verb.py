@@ -74,6 +74,21 @@ def test_input_and_domain_exclude_each_other(tmp_path):
         main(["tokenizer", "--vocab-size", "300", "--out", str(tmp_path / "x")])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "x", "--seq-len", "0"],
+        ["inspect", "x", "--samples", "0"],
+        ["inspect", "x", "--documents", "-1"],
+        ["tokenize", "--input", "x", "--tokenizer", "x", "--out", "x", "--workers", "0"],
+    ],
+)
+def test_counts_are_checked(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"argument {words[-2]}: {words[-1]!r} is not a whole number of" in capsys.readouterr().err
+
+
 def test_help_names_every_verb(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

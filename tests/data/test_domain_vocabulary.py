@@ -112,6 +112,7 @@ def test_equal_domains_share_everything():
         ([("a", 1)], "needs two domains or more"),
         ([("a", 1), ("a", 2)], "'a' is given twice"),
         ([("a", 1), ("b", 0)], "'b' has weight 0"),
+        ([("a", 1), ("b", float("inf"))], "'b' has weight inf"),
     ],
 )
 def test_wrong_domains(tmp_path, domains, words):

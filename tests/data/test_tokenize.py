@@ -180,6 +180,41 @@ def test_goes_on_after_an_error_in_the_middle(tmp_path, sp_model, monkeypatch):
     assert pair(tmp_path / "out") == pair(tmp_path / "whole")
 
 
+def test_damaged_parts_are_done_again(tmp_path, sp_model, monkeypatch):
+    """As a power cut leaves them: a note beside tokens that never reached the disk, or half a note."""
+    small_units(monkeypatch, 500)
+    source = jsonl(tmp_path / "a.jsonl", ["\n".join(sentences(3, seed)) for seed in range(40)])
+    tokenize([str(source)], tmp_path / "whole", tokenizer=sp_model, workers=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenize_module, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        tokenize([str(source)], tmp_path / "out", tokenizer=sp_model, workers=1)
+    parts = tmp_path / "out.parts"
+    (parts / "unit-000000.bin").write_bytes(b"")
+    (parts / "unit-000001.json").write_text('{"docum')
+    (parts / "unit-000002.idx").unlink()
+    report = tokenize([str(source)], tmp_path / "out", tokenizer=sp_model, workers=1)
+    assert report.kept == report.units - 3
+    assert pair(tmp_path / "out") == pair(tmp_path / "whole")
+
+
+def test_parts_that_a_kill_left_half_removed_do_not_count(tmp_path, sp_model, monkeypatch):
+    small_units(monkeypatch, 100)
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenize_module.shutil, "rmtree", killed)
+        tokenize([str(source)], tmp_path / "out", tokenizer=sp_model, workers=1)
+    for suffix in ("bin", "idx", "json"):
+        (tmp_path / f"out.{suffix}").unlink()
+    next((tmp_path / "out.parts").glob("unit-*.bin")).write_bytes(b"")
+    report = tokenize([str(source)], tmp_path / "out", tokenizer=sp_model, workers=1)
+    assert report.kept == 0
+    assert read(tmp_path / "out", load(sp_model)) == TEXTS
+
+
 def test_parts_of_another_call_are_not_used(tmp_path, sp_model, hf_json, monkeypatch):
     small_units(monkeypatch, 100)
     source = jsonl(tmp_path / "a.jsonl", TEXTS)
@@ -251,6 +286,7 @@ GOOD = b'{"text": "the king"}\n'
         ("a.jsonl", GOOD + b'{"text": 5}\n', r"a\.jsonl, line 2: field 'text' is a int, not a string"),
         ("a.jsonl", GOOD + b'["text"]\n', r"a\.jsonl, line 2: a JSON object is wanted, this is a list"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"a\.jsonl, line 2: field 'text' holds half of a surrogate pair"),
+        ("a.jsonl", GOOD + b'{"text": "x", "n": ' + b"1" * 5000 + b"}\n", r"a\.jsonl, line 2: not readable JSON"),
         ("a.jsonl", b'{"text": " "}\n', r"no document in the input \(1 records without text, 0 unreadable\)"),
         ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], r"a\.jsonl\.gz: cannot be read"),
         ("a.parquet", b"PAR1 nonsense", r"a\.parquet: not a readable Parquet file"),
@@ -287,6 +323,14 @@ def test_skipping_counts(tmp_path, sp_model):
     assert read(tmp_path / "out", load(sp_model)) == ["the king"] * 2
 
 
+def test_windows_line_ends(tmp_path, sp_model):
+    (tmp_path / "a.txt").write_bytes(b"the king\r\n\r\nmy lord\r\n")
+    tokenize([str(tmp_path)], tmp_path / "out", tokenizer=sp_model, workers=1, options=ReadOptions(split="line"))
+    assert read(tmp_path / "out", load(sp_model)) == ["the king", "my lord"]
+    with pytest.raises(DataError, match=r"a\.txt: has Windows line ends"):
+        tokenize([str(tmp_path)], tmp_path / "out", tokenizer=sp_model, workers=1, options=ReadOptions(split="blank"))
+
+
 def test_missing_column_and_null(tmp_path, sp_model):
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     for field, words in (("body", r"has no column 'body' \(--field\); it has 'text'"), ("text", r"row group 0, row 1: 'text' is NoneType")):
@@ -300,6 +344,8 @@ def test_nothing_found(tmp_path, sp_model):
             tokenize([str(given_)], tmp_path / "out", tokenizer=sp_model)
     with pytest.raises(DataError, match=r"--validation 1\.0 is not a share"):
         tokenize([str(tmp_path)], tmp_path / "out", tokenizer=sp_model, validation=1.0)
+    with pytest.raises(DataError, match=r"--workers 0 is not allowed; give 1 or more"):
+        tokenize([str(tmp_path)], tmp_path / "out", tokenizer=sp_model, workers=0)
 
 
 def test_no_validation_document(tmp_path, sp_model):

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 
 from llmtrain.data.errors import DataError
 from llmtrain.data.tokenizer import SentencePieceTokenizer, load
-from llmtrain.data.train_tokenizer import train_sentencepiece
+from llmtrain.data.train_tokenizer import sample, train_sentencepiece
 
 any_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60)
 lines = st.lists(st.sampled_from(["the king", " queen  of", "", "\t", "night\r", "  ", "中文 𝔘"]), max_size=40).map("\n".join)
@@ -106,6 +109,7 @@ def test_document_end_of_a_sentencepiece_model(tmp_path, text_file):
     ("name", "content", "kind", "words"),
     [
         ("x.model", b"nonsense", "auto", r"x\.model: not a sentencepiece model"),
+        ("x.model", b"", "auto", r"x\.model: not a sentencepiece model \(the file is empty\)"),
         ("tokenizer.json", b"{}", "auto", r"tokenizer\.json: not a tokenizer\.json"),
         ("tokenizer.json", b"{}", "bpe", r"tokenizer\.kind 'bpe' is not one of auto, sentencepiece, hf"),
     ],
@@ -123,6 +127,14 @@ def test_nothing_there(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{broken", "[1]", '{"eos_token": {"id": 3}}'])
+def test_broken_tokenizer_config(tmp_path, hf_json, content):
+    shutil.copy(hf_json, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: not a tokenizer_config\.json .*move it away from tokenizer\.json"):
+        load(tmp_path)
+
+
 def test_no_document_end(tmp_path):
     from tokenizers import Tokenizer, models
 
@@ -131,11 +143,42 @@ def test_no_document_end(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("size", "words"), [(100, "is below 260"), (90_000, "--vocab-size 90000: Vocabulary size too high")])
+SIZES = [
+    (100, "is below 260"),
+    (261, r"Increase --vocab-size or lower --coverage\."),
+    (90_000, r"--vocab-size 90000: Vocabulary size too high .* <= \d+"),
+]
+
+
+@pytest.mark.parametrize(("size", "words"), SIZES)
 def test_vocabulary_size_that_does_not_fit(tmp_path, text_file, size, words):
     with pytest.raises(DataError, match=words):
         train_sentencepiece([str(text_file)], tmp_path / "x.model", vocab_size=size)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("max_lines", [200, 10**6])
+def test_training_again_gives_the_same_bytes(tmp_path, text_file, max_lines):
+    """On any number of CPUs, and also where a sample of the lines is taken."""
+    code = (
+        "import os, sys; from llmtrain.data.train_tokenizer import train_sentencepiece; "
+        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
+        f"train_sentencepiece([sys.argv[1]], sys.argv[2], vocab_size=320, max_lines={max_lines})"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(text_file), str(tmp_path / "a.model")], check=True, cwd=root)
+    train_sentencepiece([str(text_file)], tmp_path / "b.model", vocab_size=320, max_lines=max_lines)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
+def test_sample_is_spread_over_the_lines():
+    chosen = sample(map(str, range(10_000)), 1000)
+    assert len(set(chosen)) == 1000
+    assert chosen == sample(map(str, range(10_000)), 1000)
+    counts = np.bincount([int(line) // 1000 for line in chosen], minlength=10)
+    assert counts.min() > 60
+    assert counts.max() < 140
+    assert sample(["a", "b"], 2) == ["a", "b"]
 
 
 def test_errors_of_the_input_pass_through_training(tmp_path):
