@@ -45,7 +45,8 @@ def hf_config(
         "eos_token_id": eos,
     }
     if family == "openpangu":
-        values |= {"sandwich_norm": True}
+        # openPangu's configuration class takes `bias` (of all attention projections) to be true when the file does not say.
+        values |= {"sandwich_norm": True, "bias": False}
     return values
 
 

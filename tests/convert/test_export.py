@@ -63,7 +63,9 @@ def test_openpangu_names(tmp_path):
 
     folder = export_hf(tmp_path / "hf", cfg, model.named_parameters())
     stored = load_file(folder / "model.safetensors")
-    assert json.loads((folder / "config.json").read_text())["sandwich_norm"] is True
+    config = json.loads((folder / "config.json").read_text())
+    assert config["sandwich_norm"] is True
+    assert config["bias"] is False and config["attention_bias"] is False  # the first is true by default in openPangu's class
     assert {
         f"model.layers.1.{n}.weight" for n in ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
     } <= set(stored)
