@@ -4,8 +4,9 @@
     python examples/pangu_ultra/run.py               # all arms; resumes where it was stopped; writes results.md and results.png
 
 Arms: norm placement (pre, sandwich with gamma 1, depth-scaled sandwich with measured c) x initialisation (normal, tiny) x learning rate
-x seed. A run is `diverged` if a loss is not finite or its last tenth is worse than its second tenth; a step is a *spike* if its loss or
-gradient norm exceeds mean + 6 std of the last 32 steps that were none (guards.spike), judged from step 17 on.
+x seed. A run is `diverged` if a loss is not finite, or if the mean loss of any tenth of the run after the first exceeds the loss at step 1,
+that of the untrained model; a step is a *spike* if its loss or gradient norm exceeds mean + 6 std of the last 32 steps that were none
+(guards.spike), judged from step 17 on.
 """
 
 import argparse
@@ -21,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PLACEMENTS = {"pre": "pre-norm", "sandwich": "sandwich (gamma 1)", "depth_scaled_sandwich": "depth-scaled sandwich"}
 INITS = ("normal", "tiny")
-RATES = (1e-3, 1e-2, 3e-2, 1e-1, 1.0)
+RATES = (1e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
 SEEDS = (1, 2, 3)
 
 
@@ -68,7 +69,7 @@ def read(folder: Path) -> dict:
     losses = [float(line["loss"]) for line in steps]
     tenth = max(1, len(losses) // 10)
     finite = all(loss == loss and abs(loss) < 1e9 for loss in losses)
-    worse = sum(losses[-tenth:]) > sum(losses[tenth : 2 * tenth])
+    worse = max(sum(losses[at : at + tenth]) / tenth for at in range(tenth, len(losses), tenth)) > losses[0]
     validation = [float(line["loss"]) for line in lines if line["kind"] == "validation"]
     return {
         "losses": losses,
