@@ -129,7 +129,8 @@ def build_dataset(
 
     Args:
         seq_len: S, tokens per sample.
-        samples: the dataset's length; None reads every source with a weight once. Sample i does not depend on it.
+        samples: the dataset's length, on which sample i does not depend; None reads every source with a weight once, each in
+            proportion to its size whatever its weight.
         seed: of the order of documents and samples; each epoch has its own.
         weights: per source name, instead of the sources' own; a source that is not named is not used.
         document_mask: tokens see their own document only (see `to_batch`).
@@ -144,6 +145,8 @@ def build_dataset(
     folder = cache_folder(sources, cache)
     used = [(n, s, w) for n, s, w in zip(source_names(sources), sources, source_weights(sources, weights)) if w]
     packed = [PackedSource(s.path, seq_len=seq_len, seed=seed, shuffle=shuffle, cache=folder) for _, s, _ in used]
-    length = sum(p.samples_per_epoch for p in packed) if samples is None else samples
-    blend = Blend([w for _, _, w in used], samples=length, cache=folder)
+    once = [p.samples_per_epoch for p in packed]
+    length = sum(once) if samples is None else samples
+    shares = once if samples is None else [w for _, _, w in used]  # by size, all sources end together after one pass
+    blend = Blend(shares, samples=length, cache=folder)
     return Dataset([n for n, _, _ in used], packed, blend, samples=length, document_mask=document_mask)

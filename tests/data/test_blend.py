@@ -92,9 +92,17 @@ def test_weights_by_phase(tmp_path):
     assert use[0].epochs == 2.0
 
 
-def test_none_reads_every_source_once(tmp_path):
-    dataset = build_dataset(corpora(tmp_path, a=9), seq_len=16, samples=None, seed=1, shuffle=False)
-    assert len(dataset) == 5
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("weights", "read"), [(None, {"a": 5, "b": 12}), ({"a": 1, "b": 9}, {"a": 5, "b": 12}), ({"b": 1}, {"b": 12})])
+def test_none_reads_every_source_once(tmp_path, weights, read, shuffle):
+    """However the sources are weighted, none is cut short and none begins again."""
+    sources = corpora(tmp_path, a=9, b=20)
+    dataset = build_dataset(sources, seq_len=16, samples=None, seed=1, weights=weights, shuffle=shuffle)
+    assert {use.name: use.samples for use in dataset.epochs} == read
+    assert all(use.epochs == 1 for use in dataset.epochs)
+    assert len(dataset) == sum(read.values())
+    counts = np.bincount(origin(dataset.batch(0, len(dataset))), minlength=2)
+    assert counts.tolist() == [read.get("a", 0), read.get("b", 0)]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Reading ahead: order, errors, stopping."""
 
+import gc
 import threading
 import time
 
@@ -44,4 +45,17 @@ def test_reads_ahead_but_no_further_than_depth():
     time.sleep(0.05)
     assert read == list(range(5))  # one taken, three waiting, one in hand
     stream.close()
+    assert not alive()
+
+
+def test_dropped_without_closing_stops_the_thread():
+    def items():
+        while True:
+            yield 0
+
+    stream = prefetch(items(), 2)
+    next(stream)
+    assert alive()
+    del stream
+    gc.collect()
     assert not alive()
