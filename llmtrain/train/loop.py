@@ -183,6 +183,7 @@ class Loop:
 
     def _begin_phase(self, phase: Phase) -> None:
         self.engine.begin_phase(rope_base=phase.rope_base)
+        self.device.reset_peak_memory()  # memory_gb is the peak of the phase
         if len(self.plan.phases) > 1:
             self._say(
                 f"{phase.name}: {phase.steps} steps of sequences of {phase.seq_len} tokens, "
