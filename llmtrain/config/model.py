@@ -70,6 +70,8 @@ class YarnConfig(Section):
     """Frequencies with more rotations than this over the original context are kept."""
     beta_slow: PositiveFloat = 1.0
     """Frequencies with fewer rotations than this are fully interpolated."""
+    attention_factor: PositiveFloat | None = None
+    """What cos and sin are multiplied by; 0.1 ln(factor) + 1 if not given."""
 
 
 class NTKConfig(Section):

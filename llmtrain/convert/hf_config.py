@@ -44,6 +44,9 @@ def hf_config(
         "bos_token_id": bos,
         "eos_token_id": eos,
     }
+    if cfg.attention.window is not None:
+        layers = ["sliding_attention"] * cfg.layers
+        values |= {"use_sliding_window": True, "sliding_window": cfg.attention.window, "max_window_layers": 0, "layer_types": layers}
     if family == "openpangu":
         # openPangu's configuration class takes `bias` (of all attention projections) to be true when the file does not say.
         values |= {"sandwich_norm": True, "bias": False}
@@ -56,13 +59,14 @@ def rope_scaling(cfg: ModelConfig) -> dict:
     if scaling is None or scaling.kind == "ntk":
         return {"rope_type": "default"}
     if scaling.kind == "yarn":
-        return {
+        values = {
             "rope_type": "yarn",
             "factor": scaling.factor,
             "original_max_position_embeddings": scaling.original_seq_len,
             "beta_fast": scaling.beta_fast,
             "beta_slow": scaling.beta_slow,
         }
+        return values if scaling.attention_factor is None else values | {"attention_factor": scaling.attention_factor}
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,

@@ -32,7 +32,8 @@ _SANDWICH_NORMS = {
 def pick_family(cfg: ModelConfig) -> str:
     """The Hugging Face family that computes exactly what `cfg` does; UserError with the option in the way if there is none.
 
-    Llama and Qwen3 have biases on all four attention projections or on none, Qwen2 on query, key and value.
+    Llama and Qwen3 have biases on all four attention projections or on none, Qwen2 on query, key and value; only the last two know a
+    sliding window.
     """
     a = cfg.attention
     sandwich, uneven = cfg.norm.placement != "pre", a.qkv_bias and not a.out_bias
@@ -41,7 +42,7 @@ def pick_family(cfg: ModelConfig) -> str:
         "model.norm.kind layer_norm": cfg.norm.kind != "rms_norm",
         "model.ffn.activation gelu": cfg.ffn.activation != "swiglu",
         "model.position.kind learned": cfg.position.kind != "rope",
-        "model.attention.window": a.window is not None,
+        "model.attention.window without qk_norm or Qwen2's biases": a.window is not None and (sandwich or not (a.qk_norm or uneven)),
         "model.attention.out_bias without qkv_bias": a.out_bias and not a.qkv_bias,
         "model.attention.qkv_bias with qk_norm and without out_bias": uneven and a.qk_norm,
         "model.ffn.bias with qk_norm": cfg.ffn.bias and a.qk_norm,
@@ -67,6 +68,21 @@ def canonical_names(cfg: ModelConfig) -> list[str]:
     inside = [f"{module}.weight" for module in modules] + [f"{module}.bias" for module in biased]
     names = [f"blocks.{layer}.{name}" for layer in range(cfg.layers) for name in inside]
     return ["embedding.weight", "final_norm.weight", *names] + ["head.weight"] * (not cfg.tie_embeddings)
+
+
+def canonical_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of `canonical_names`; vocab_size must be set."""
+    d, f, q, kv = cfg.hidden, cfg.ffn.hidden, cfg.attention.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    matrices = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "out_proj": (d, q)}
+    matrices |= {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f), "embedding": (cfg.vocab_size, d), "head": (cfg.vocab_size, d)}
+    shapes = {}
+    for name in canonical_names(cfg):
+        *_, module, kind = name.split(".")
+        if module in matrices:
+            shapes[name] = matrices[module] if kind == "weight" else matrices[module][:1]
+        else:
+            shapes[name] = (cfg.head_dim,) if module in ("q_norm", "k_norm") else (d,)
+    return shapes
 
 
 def _block_map(family: str) -> dict[str, str]:

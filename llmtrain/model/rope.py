@@ -27,7 +27,9 @@ def ntk_base(base: float, head_dim: int, factor: float) -> float:
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cos and sin are multiplied by (YaRN, arXiv 2309.00071 eq. 22); 1 for the other rules."""
+    """What cos and sin are multiplied by (YaRN, arXiv 2309.00071 eq. 22, unless the section gives it); 1 for the other rules."""
+    if isinstance(scaling, YarnConfig) and scaling.attention_factor is not None:
+        return scaling.attention_factor
     if isinstance(scaling, YarnConfig) and scaling.factor > 1:
         return 0.1 * math.log(scaling.factor) + 1.0
     return 1.0
