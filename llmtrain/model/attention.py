@@ -1,5 +1,7 @@
 """Grouped-query attention (arXiv 2305.13245)."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
@@ -32,9 +34,6 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H or K,S,d]
         if rope is not None:
             q, k = self.ops.rope(q, *rope), self.ops.rope(k, *rope)
-        offset = 0
-        if cache is not None:
-            offset = cache.length
-            k, v = cache.update(k, v)
-        out = self.ops.attention(q, k, v, mask=mask, q_offset=offset)  # [B,H,S,d]
+        attend = self.ops.attention if cache is None else partial(cache.attend, ops=self.ops)
+        out = attend(q, k, v, mask=mask)  # [B,H,S,d]
         return self.out_proj(out.transpose(1, 2).flatten(2))

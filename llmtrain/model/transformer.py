@@ -37,12 +37,20 @@ class Transformer(nn.Module):
         self._tie()
 
     def forward(
-        self, tokens: Tensor, *, mask, positions: Tensor | None = None, targets: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        mask,
+        positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        last: int | None = None,
     ) -> dict[str, Tensor]:
         """One pass over tokens [B,S] (int64).
 
         `mask` is a Mask; `positions` [B or 1,S], counted on from the cache if not given. With `targets` [B,S] (-100 is none)
-        returns {"ce_sum": summed cross-entropy}, else {"logits": [B,S,V]}. A `cache` takes causal masks without documents.
+        returns {"ce_sum": summed cross-entropy}, else {"logits": [B,S,V]}, if `last` is given of that many last positions alone (0 fills
+        a cache and no more). A `cache` takes causal masks without documents.
         """
         mask = self._mask(mask, cache)
         if positions is None:
@@ -54,7 +62,7 @@ class Transformer(nn.Module):
         rope = self.rope(positions, x.dtype) if self.rope is not None else None
         for name, block in self.blocks.items():
             x = block(x, rope=rope, mask=mask, cache=cache.layer(name) if cache is not None else None)
-        x = self.final_norm(x)
+        x = self.final_norm(x if last is None else x[:, x.shape[1] - last :])
         return {"logits": self.head(x)} if targets is None else {"ce_sum": self.head(x, targets)}
 
     def set_rope_base(self, base: float) -> None:

@@ -5,13 +5,15 @@ Importing this package registers the implementations that need nothing but PyTor
 
 from llmtrain_kernels.mask import Mask
 
-from llmtrain.ops import activation, adamw, attention, cross_entropy, experts, norm, rope, sdpa
+from llmtrain.ops import activation, adamw, attention, cross_entropy, decode_attention, experts, norm, rope, sdpa, tiled_attention
+from llmtrain.ops.decode_attention import KeyLengths
 from llmtrain.ops.registry import Call, Choice, Implementation, KernelUnavailable, Ops, choose, implementations, op_names, register, resolve
 
 __all__ = [
     "Call",
     "Choice",
     "Implementation",
+    "KeyLengths",
     "KernelUnavailable",
     "Mask",
     "Ops",
@@ -20,6 +22,7 @@ __all__ = [
     "attention",
     "choose",
     "cross_entropy",
+    "decode_attention",
     "experts",
     "implementations",
     "norm",
@@ -28,4 +31,5 @@ __all__ = [
     "resolve",
     "rope",
     "sdpa",
+    "tiled_attention",
 ]

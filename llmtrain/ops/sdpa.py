@@ -19,7 +19,8 @@ BLOCK = 256
 """Queries per explicit mask, and the smallest block of a windowed call."""
 
 
-def _supports(call: Call) -> str | None:
+def sdpa_supports(call: Call) -> str | None:
+    """Why scaled_dot_product_attention should not serve `call`, or None."""
     if call.return_lse:
         return "returns no log-sum-exp"
     if call.dtype == torch.float64 and call.device != "cpu":
@@ -29,7 +30,7 @@ def _supports(call: Call) -> str | None:
     return None
 
 
-@register("attention", "sdpa", speed=1, supports=_supports)
+@register("attention", "sdpa", speed=1, supports=sdpa_supports)
 def attention_sdpa(
     q: Tensor,
     k: Tensor,
