@@ -4,14 +4,22 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.ops import Mask, sdpa
+from llmtrain.ops import Mask, sdpa, tiled_attention
 from llmtrain.ops.attention import attention_reference
 from llmtrain.ops.sdpa import attention_sdpa
+from llmtrain.ops.tiled_attention import attention_tiled
 
-IMPLEMENTATIONS = [attention_reference, attention_sdpa]
+IMPLEMENTATIONS = [attention_reference, attention_sdpa, attention_tiled]
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_three(monkeypatch):
+    """So that a few tokens make several blocks."""
+    monkeypatch.setattr(sdpa, "BLOCK", 3)
+    monkeypatch.setattr(tiled_attention, "BLOCK", 3)
 
 
 def sees(mask, row, query, key):
@@ -62,6 +70,17 @@ def calls(draw):
     return mask, (rows, heads, kv_heads, queries, keys, d, dv), {"q_offset": q_offset, "kv_offset": kv_offset}
 
 
+@st.composite
+def training_calls(draw):
+    """Causal, as many keys as queries, no offset."""
+    rows, kv_heads, length = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 11))
+    heads = kv_heads * draw(st.integers(1, 3))
+    documents = draw(st.none() | st.tuples(*[lengths(length)] * rows))
+    d, dv = draw(st.sampled_from([(4, 4), (4, 2), (2, 4)]))
+    window = draw(st.none() | st.integers(1, 12))
+    return Mask(documents=documents, window=window), (rows, heads, kv_heads, length, length, d, dv), {}
+
+
 def inputs(shape, dtype=torch.float64):
     rows, heads, kv_heads, queries, keys, d, dv = shape
     sizes = ((heads, queries, d), (kv_heads, keys, d), (kv_heads, keys, dv))
@@ -76,17 +95,13 @@ def gradients(out, tensors, grad):
 
 
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
-@settings(max_examples=60, deadline=None)
-@given(call=calls(), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(call=calls() | training_calls(), seed=st.integers(0, 99))
 def test_output_and_gradients_are_the_formulas(attention, call, seed):
     mask, shape, offsets = call
     torch.manual_seed(seed)
     tensors = inputs(shape)
-    block, sdpa.BLOCK = sdpa.BLOCK, 3
-    try:
-        out = attention(*tensors, mask=mask, **offsets)
-    finally:
-        sdpa.BLOCK = block
+    out = attention(*tensors, mask=mask, **offsets)
     expected, _ = formula(*tensors, mask, **offsets)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(out)
@@ -156,19 +171,32 @@ def test_what_does_not_fit_is_refused(attention, mask, offsets, message):
         attention(*tensors, mask=mask, **offsets)
 
 
-def test_wrong_shapes_and_lse_from_sdpa_are_refused():
+@pytest.mark.parametrize("attention", [attention_sdpa, attention_tiled])
+def test_wrong_shapes_and_a_wanted_lse_are_refused(attention):
     q, k, v = inputs((1, 3, 2, 8, 8, 4, 4))
     with pytest.raises(ValueError, match="H a multiple of K"):
-        attention_sdpa(q, k, v, mask=Mask())
+        attention(q, k, v, mask=Mask())
     with pytest.raises(ValueError, match=r"kernels\.attention"):
-        attention_sdpa(q, k, v, mask=Mask(), return_lse=True)
+        attention(q, k, v, mask=Mask(), return_lse=True)
+
+
+def test_long_documents_are_left_to_the_flash_kernel(monkeypatch):
+    handed_over = []
+    monkeypatch.setattr(tiled_attention, "LONGEST", 8)
+    monkeypatch.setattr(tiled_attention, "attention_sdpa", lambda *args, **options: handed_over.append(options["mask"]))
+    tensors = inputs((1, 1, 1, 12, 12, 4, 4))
+    masks = [Mask(documents=((8, 4),)), Mask(documents=((9, 3),)), Mask()]
+    for mask in masks:
+        attention_tiled(*tensors, mask=mask)
+    assert handed_over == masks[1:]
 
 
 @pytest.mark.parametrize("mask", [Mask(documents=((512, 512),)), Mask(window=64), Mask()])
-def test_sdpa_holds_no_square_tensor(mask):
+def test_sdpa_holds_no_square_tensor(mask, monkeypatch):
     """Every tensor made by the forward pass stays below S x S elements, and documents and causal calls make no mask at all."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    monkeypatch.setattr(sdpa, "BLOCK", 256)
     sizes, masks = [], []
 
     class Watch(TorchDispatchMode):
