@@ -18,7 +18,7 @@ FLOORS = {
     "data": 1,
     "ops": 1,
     "device": 1,
-    "plugins": 1,
+    "plugins": -1,
     "layout": 0,
     "hardware": 0,
     "config": 0,

@@ -1,6 +1,7 @@
 """What a run reads."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt, field_validator
 
@@ -17,15 +18,34 @@ class TokenizerConfig(Section):
     """Library that reads it; `auto` decides by the file."""
 
 
-class DataSource(Section):
-    """One tokenised corpus: a memory-mapped `PATH.bin` with its index `PATH.idx`."""
+class Source(Section):
+    """What every kind of source has; a plugin's kind derives from it and adds its own options."""
 
-    path: str
-    """Prefix of the `.bin` / `.idx` pair that `llmtrain data tokenize` wrote (Megatron-LM's format)."""
+    kind: str
+    """Where the samples come from."""
     name: str | None = None
-    """Name in messages and in a phase's mix; the file's stem if not given."""
+    """Name in messages and in a phase's mix; the file's stem (the kind of a plugin's source) if not given."""
     weight: NonNegativeFloat = 1.0
     """Share of the samples of the mix, relative to the other sources."""
+
+    @property
+    def label(self) -> str:
+        """The source's name."""
+        return self.name or self.kind
+
+
+class DataSource(Source):
+    """One tokenised corpus: a memory-mapped `PATH.bin` with its index `PATH.idx`."""
+
+    kind: Literal["tokens"] = "tokens"
+    """Tokenised text; plugins may add other kinds."""
+    path: str
+    """Prefix of the `.bin` / `.idx` pair that `llmtrain data tokenize` wrote (Megatron-LM's format)."""
+
+    @property
+    def label(self) -> str:
+        """The source's name, the last part of its path where none is given."""
+        return self.name or Path(self.path).name
 
 
 class DataConfig(Section):
@@ -46,5 +66,8 @@ class DataConfig(Section):
 
     @field_validator("train", "validation", mode="before")
     @classmethod
-    def _bare_paths(cls, value):
-        return shortforms.sources(value)
+    def _bare_paths(cls, value: Any) -> Any:
+        value = shortforms.sources(value)
+        if not isinstance(value, list):
+            return value
+        return [{"kind": "tokens", **item} if isinstance(item, dict) else item for item in value]

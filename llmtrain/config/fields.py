@@ -32,10 +32,11 @@ class Field:
 
 
 def root() -> type[Section]:
-    """The class of a whole run."""
+    """The class of a whole run, with what plugins have added to it."""
+    from llmtrain.config.extend import extended
     from llmtrain.config.run import RunConfig
 
-    return RunConfig
+    return extended(RunConfig)
 
 
 def members(annotation: Any) -> list[Any]:

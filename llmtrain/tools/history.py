@@ -9,8 +9,10 @@ from statistics import fmean, median
 import yaml
 from pydantic import ValidationError
 
+from llmtrain.config.fields import root
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
+from llmtrain.plugins import load_plugins
 from llmtrain.train.metrics import read_metrics
 
 SMOOTHING = 0.05  # final loss: mean over this share of the steps, at least FINAL_STEPS
@@ -23,7 +25,9 @@ def read_config(folder: Path) -> RunConfig | None:
     if not path.exists():
         return None
     try:
-        return RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        load_plugins(values.get("plugins") or [])
+        return root().model_validate(values)
     except (yaml.YAMLError, ValidationError) as error:
         raise UserError(f"{path} is not a configuration that this version reads: {str(error).splitlines()[0]}") from error
 
