@@ -129,6 +129,9 @@ class ModelConfig(Section):
 
     preset: str | None = None
     """Name of a published model (`llmtrain config show --presets` lists them); keys beside it override its values."""
+    pretrained: str | None = None
+    """Start from this model's weights and shape: a Hugging Face folder, or a run folder or checkpoint of llmtrain. A run that resumes does
+    not read it. Keys beside it must agree with it, but for `init`, `max_seq_len`, `position.base`, `position.scaling` and norm.c_*."""
     family: str = "transformer"
     """Model family; `transformer` is built in, a plugin may register others."""
     vocab_size: PositiveInt | None = None
@@ -155,9 +158,20 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, values: Any) -> Any:
+        from llmtrain.config.pretrained import expand_model
         from llmtrain.config.published import expand_preset
 
-        return expand_preset(values)
+        return expand_preset(expand_model(values))
+
+    @model_validator(mode="after")
+    def _fits_pretrained(self) -> "ModelConfig":
+        # A run's own config.yaml has every field set, and must be readable when the pretrained folder is gone.
+        if self.pretrained is not None and not ModelConfig.model_fields.keys() <= self.model_fields_set:
+            from llmtrain.config.pretrained import conflicts
+
+            if problems := conflicts(self):
+                raise ValueError("; ".join(problems))
+        return self
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":

@@ -9,6 +9,7 @@ from llmtrain.config import train as t
 from llmtrain.config.base import Section
 from llmtrain.config.data import DataConfig, TokenizerConfig
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.pretrained import expand_run
 
 
 class RunConfig(Section):
@@ -50,6 +51,11 @@ class RunConfig(Section):
     """What is recorded."""
     guards: t.GuardsConfig = t.GuardsConfig()
     """What stops a bad step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_pretrained(cls, values: Any) -> Any:
+        return expand_run(values)
 
     @field_validator("engine", mode="before")
     @classmethod

@@ -48,6 +48,7 @@ def preflight(cfg: RunConfig) -> int:
 def run(cfg: RunConfig) -> int:
     """Train as `cfg` says; called on every rank. Returns the exit code: 0 done, 2 stopped after saving, 3 stopped by a guard."""
     from llmtrain.model.objective import cross_entropy
+    from llmtrain.stages.pretrained import loader
     from llmtrain.stages.session import session
     from llmtrain.train.checkpoint import Checkpointer
     from llmtrain.train.guards import GuardStop
@@ -78,6 +79,7 @@ def run(cfg: RunConfig) -> int:
             checkpointer=checkpointer,
             sinks=sinks,
             console=s.console,
+            start_from=loader(s, engine),
         )
         try:
             code = loop.run(stop)

@@ -119,15 +119,18 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint.resume: {path} is damaged ({'; '.join(problems)}); name another one or `auto`")
         return path.resolve()
 
-    def load(self, path: Path, state: State) -> dict:
+    def load(self, path: Path, state: State, *, weights_only: bool = False) -> dict:
         """Fill `state` in place from the checkpoint `path`, saved on any number of ranks with any sharding. Returns its meta.
+
+        `weights_only` fills the weights and leaves the rest of `state` as it is; so does a checkpoint that holds weights alone
+        (`weights_only` in its meta, as `llmtrain convert` writes it), whatever was asked.
 
         Raises `CheckpointError` when the names or shapes differ, or the format is another one. Files are checked by
         `newest` and `find`, not again here, but for the two small ones that say what there is.
         """
         path, contents = Path(path), []
-        self._agree(lambda: contents.append(_contents(path, state)))
-        metadata = contents[0]
+        self._agree(lambda: contents.append(_contents(path, state, weights_only=weights_only)))
+        metadata, state = contents[0]
         if changed := tensors.casts(state, metadata):
             self._log(f"checkpoint {path} holds {len(changed)} tensors in another dtype; converted: {changed[0]} ...")
         try:
@@ -273,13 +276,17 @@ def _trusted_manifest(path: Path) -> dict:
     return manifest
 
 
-def _contents(path: Path, state: State) -> Metadata:
-    """The table of contents, once it is known to be whole, harmless, and to fit `state`."""
+def _contents(path: Path, state: State, *, weights_only: bool) -> tuple[Metadata, State]:
+    """The table of contents, once it is known to be whole, harmless, and to fit `state`; and the part of `state` to fill."""
     manifest = _trusted_manifest(path)
     metadata = tensors.read_metadata(path)
-    if problems := tensors.misfits(state, metadata):
+    stored = set(metadata.state_dict_metadata)
+    if weights_only or json.loads((path / files.META).read_bytes()).get("weights_only"):
+        state = {name: tensor for name, tensor in state.items() if name.endswith(".weight")}
+        stored = {name for name in stored if name.endswith(".weight")}
+    if problems := tensors.misfits(state, metadata, stored):
         raise CheckpointError(f"checkpoint {path} does not fit the run's model or optimizer: " + "; ".join(problems[:8]))
     named = {info.relative_path for info in metadata.storage_data.values()}
     if strange := sorted(named - set(manifest["files"])):
         raise CheckpointError(f"{path}/.metadata refused: it points to {strange[0]}, which is no file of this checkpoint")
-    return metadata
+    return metadata, state

@@ -178,16 +178,16 @@ def _some(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def misfits(state: State, metadata: Metadata) -> list[str]:
-    """Why the checkpoint does not fit `state`: names on one side only, other shapes. Empty if it fits."""
-    stored = metadata.state_dict_metadata
+def misfits(state: State, metadata: Metadata, names: set[str] | None = None) -> list[str]:
+    """Why the checkpoint, or what it holds of `names`, does not fit `state`: names on one side only, other shapes. Empty if it fits."""
+    stored = set(metadata.state_dict_metadata) if names is None else names
     problems = []
-    if missing := sorted(set(state) - set(stored)):
+    if missing := sorted(set(state) - stored):
         problems.append(f"not in the checkpoint: {_some(missing)}")
-    if unexpected := sorted(set(stored) - set(state)):
+    if unexpected := sorted(stored - set(state)):
         problems.append(f"only in the checkpoint: {_some(unexpected)}")
-    for name in sorted(set(state) & set(stored)):
-        entry = stored[name]
+    for name in sorted(set(state) & stored):
+        entry = metadata.state_dict_metadata[name]
         if not isinstance(entry, TensorStorageMetadata):
             problems.append(f"{name} is not a tensor in the checkpoint")
         elif tuple(entry.size) != tuple(state[name].shape):

@@ -51,7 +51,10 @@ class Loop:
         checkpointer: Checkpointer,
         sinks: list[MetricSink],
         console: Console,
+        start_from: Callable[[], None] | None = None,
     ):
+        """`start_from` loads weights into the engine at a fresh start; a run that resumes does not call it."""
+        self.start_from = start_from
         self.cfg, self.engine, self.plan, self.inputs, self.mesh, self.device = cfg, engine, plan, inputs, mesh, device
         self.checkpointer, self.sinks, self.console, self.folder = checkpointer, sinks, console, folder
         self.spikes = SpikeDetector(cfg.guards.spike)
@@ -197,6 +200,9 @@ class Loop:
             first = self.plan.step(0)
             self._forget_metrics(0)
             self.engine.begin_phase(rope_base=first.rope_base)
+            if self.start_from is not None:
+                self.start_from()
+                return
             measured = self.engine.calibrate(self.inputs.dataset_of(first.phase).batch(0, first.micro_batch))
             if measured:
                 self._say("measured at initialisation: " + ", ".join(f"{name} {value:.4f}" for name, value in measured.items()))

@@ -1,0 +1,45 @@
+"""`model.pretrained`: an existing model's weights into any engine, on any mesh."""
+
+import time
+from collections.abc import Callable
+
+from llmtrain.config.pretrained import conflicts, departures, run_folder
+from llmtrain.config.train import CheckpointConfig
+from llmtrain.convert.import_hf import load_into
+from llmtrain.engine.base import Engine
+from llmtrain.errors import UserError
+from llmtrain.stages.session import Session
+from llmtrain.train.checkpoint import Checkpointer
+
+
+def loader(s: Session, engine: Engine) -> Callable[[], None] | None:
+    """What loads `model.pretrained` into `engine`, to be called by all ranks at a fresh start; None if the run has none."""
+    return None if s.cfg.model.pretrained is None else lambda: load_pretrained(s, engine)
+
+
+def load_pretrained(s: Session, engine: Engine) -> None:
+    """Fill the engine's weights from `model.pretrained`; each rank reads only what it holds. Moments stay as they are, at zero.
+
+    Raises UserError or CheckpointError if the folder is gone, is not whole, or holds another model than the configuration says.
+    """
+    model, started = s.cfg.model, time.perf_counter()
+    if problems := conflicts(model):
+        raise UserError("; ".join(f"model.{problem}" for problem in problems))
+    state = engine.state()
+    if run := run_folder(model.pretrained):
+        _load_native(model.pretrained, run, state)
+    else:
+        weights = {key.removesuffix(".weight"): tensor for key, tensor in state.items() if key.endswith(".weight")}
+        load_into(weights, model.pretrained, model)
+    engine.load_state(state)
+    differing = "".join(f"; {text}" for text in departures(model))
+    if s.mesh.rank == 0:
+        s.console.message(f"weights: {model.pretrained}, read in {time.perf_counter() - started:.1f} s{differing}")
+
+
+def _load_native(path: str, run, state: dict) -> None:
+    checkpointer = Checkpointer(run, CheckpointConfig(), writable=False)
+    found = checkpointer.find("auto" if run.samefile(path) else path)
+    if found is None:
+        raise UserError(f"model.pretrained: {path} has no complete checkpoint")
+    checkpointer.load(found, state, weights_only=True)
