@@ -7,16 +7,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llmtrain.config import fields, yamlfile
 from llmtrain.config import layer as layers
 from llmtrain.config import overrides as words
-from llmtrain.config import yamlfile
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.explain import explain
+from llmtrain.config.extend import without_unused
 from llmtrain.config.layer import Layer, dotted
 from llmtrain.config.pretrained import is_complete, pretrained_layer
 from llmtrain.config.published import preset_layer
 from llmtrain.config.run import RunConfig
 from llmtrain.config.shortforms import expand_short_forms
+from llmtrain.plugins import load_plugins
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,21 @@ def load(path: str | Path | None, overrides: list[str]) -> LoadedConfig:
     Raises:
         ConfigError: one message per thing wrong, each with the option, the value, what is allowed and where it came from.
     """
-    pairs = words.parse(list(overrides))
-    merged = read_file(Path(path)) if path is not None else Layer({}, {})
-    return validated(words.apply(merged, pairs))
+    merged = _read(path)
+    if load_plugins(_plugins(merged, overrides)):  # what follows depends on the options that they add
+        merged = _read(path)
+    return validated(words.apply(merged, words.parse(list(overrides))))
+
+
+def _read(path: str | Path | None) -> Layer:
+    return read_file(Path(path)) if path is not None else Layer({}, {})
+
+
+def _plugins(merged: Layer, overrides: list[str]) -> list[str]:
+    """`plugins` as the file and the command line have it; a value that is no list of names is left to validation."""
+    layer = layers.whole({key: value for key, value in merged.data.items() if key == "plugins"}, "")
+    names = words.apply(layer, [pair for pair in words.parse(list(overrides)) if pair[0][0] == "plugins"]).data.get("plugins")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def validated(merged: Layer) -> LoadedConfig:
@@ -51,7 +65,7 @@ def validated(merged: Layer) -> LoadedConfig:
     elif isinstance(model, dict) and isinstance(model.get("pretrained"), str) and not is_complete(model):
         merged = layers.over(pretrained_layer(model["pretrained"]), merged)
     try:
-        run = RunConfig.model_validate(merged.data)
+        run = fields.root().model_validate(merged.data)
     except ValidationError as error:
         raise explain(error, merged) from None
     return LoadedConfig(run, origins(run, merged))
@@ -102,12 +116,12 @@ def _shown(path: Path) -> str:
 
 def to_yaml(run: RunConfig) -> str:
     """Every value of `run` as YAML; `load` of it gives an equal run."""
-    return yamlfile.dump(run.model_dump(mode="json"))
+    return yamlfile.dump(without_unused(run.model_dump(mode="json")))
 
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a configuration file, for editors."""
-    result = RunConfig.model_json_schema()
+    result = fields.root().model_json_schema()
     result["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     result["properties"]["extends"] = {
         "description": "Files, relative to this one, whose values this file's are laid over.",
