@@ -5,137 +5,177 @@ llmtrain generate runs/quickstart -p "ROMEO:"
 
 import argparse
 import json
+import sys
+import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmtrain.config.run import RunConfig
-from llmtrain.config.train import PrecisionConfig
-from llmtrain.device import select
-from llmtrain.device.dtypes import torch_dtype
 from llmtrain.errors import UserError
-from llmtrain.layout.steps import StepPlan
-from llmtrain.model import family
-from llmtrain.model.cache import KVCache
-from llmtrain.ops import Mask, resolve
-from llmtrain.tools.history import read_config
-from llmtrain.train import checkpoint_files, checkpoint_state
-from llmtrain.train.checkpoint import Checkpointer
+from llmtrain.model.cache import cache_bytes
+from llmtrain.model.decode import UncachedRunner
+from llmtrain.model.decode import generate as generate_tokens
+from llmtrain.model.sampling import Sampling
+from llmtrain.tools.completions import Completion, Request, Texts, runner_for
+from llmtrain.tools.open_model import OpenModel, open_model
+
+INTERRUPTED = 130
 
 
 def main(argv: list[str]) -> int:
-    """`llmtrain generate RUN -p TEXT`: print the prompt and its continuation, in one process on the CPU."""
+    """`llmtrain generate MODEL -p TEXT`: print prompts and their continuations. Ctrl-C keeps what there is."""
     options = _parse(argv)
-    cfg = _config(options.run)
-    tokenizer = _tokenizer(cfg)
-    prompt = tokenizer.encode(options.prompt)
-    longest = len(prompt) + options.max_new
-    if longest > cfg.model.max_seq_len:
-        asked = f"a prompt of {len(prompt)} tokens and --max-new {options.max_new}"
-        raise UserError(f"{asked} exceed model.max_seq_len {cfg.model.max_seq_len}; lower --max-new")
-    model = load_model(cfg, checkpoint=_checkpoint(options.run, cfg, options.checkpoint))
-    tokens = sample(
-        cached_logits(model, capacity=longest),
-        prompt,
-        max_new=options.max_new,
-        seed=options.seed,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        stop_ids=(tokenizer.eod_id,),
-    )
-    print(tokenizer.decode(tokens))
+    prompts = _prompts(options)
+    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint)
+    tokenizer = opened.need_tokenizer()
+    requests = _requests(options, opened, prompts)
+    runner = runner_for(opened, requests, batch=options.batch)
+    printer = Printer([p["prompt"] for p in prompts for _ in range(options.samples)], options.stream)
+    texts, started = Texts(runner, tokenizer, requests), time.time()
+    code = _run(texts, printer)
+    if options.out:
+        _write(options.out, printer.prompts, texts.items)
+    _summary(opened, runner, texts.items, seconds=time.time() - started, interrupted=code == INTERRUPTED)
+    return code
+
+
+def _run(texts: Texts, printer: "Printer") -> int:
+    """Print texts as they come; the exit code. After Ctrl-C what there is of each is printed."""
+    try:
+        for index, piece in texts:
+            printer.take(index, piece, ended=texts.items[index].finished is not None)
+    except KeyboardInterrupt:
+        for index, item in enumerate(texts.items):
+            if item.finished is None:
+                printer.take(index, item.flush(), ended=True)
+        return INTERRUPTED
     return 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="llmtrain generate", description="Continue a text with the newest checkpoint of a run.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder, such as runs/quickstart")
-    parser.add_argument("-p", "--prompt", required=True, help="text to continue")
+    parser = argparse.ArgumentParser(prog="llmtrain generate", description="Continue texts with a trained model, several at a time.")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a run folder (runs/quickstart) or a Hugging Face folder")
+    parser.add_argument("-p", "--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="prompts from a file: a line each, or .jsonl with `prompt` (and `seed`); - is stdin"
+    )
     parser.add_argument("--max-new", type=int, default=120, help="tokens to add at most (120)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
+    parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     parser.add_argument("--top-p", type=float, default=0.95, help="share of the probability that is drawn from (0.95)")
-    parser.add_argument("--seed", type=int, default=1234, help="the same seed gives the same text (1234)")
-    parser.add_argument("--checkpoint", default="auto", help="a checkpoint folder; the newest complete one of RUN if not given")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest tokens (0: no limit)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    parser.add_argument("--seed", type=int, default=1234, help="the same seed gives the same text, alone or in a batch (1234)")
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="continue every prompt N times, with seeds seed, seed + 1, ... (1)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="sequences at a time (8); the cache's memory grows with it")
+    parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print text as it comes (on)")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a user's message in the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system message of --chat")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write results as JSON lines as well")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or npu (auto)")
+    parser.add_argument("--dtype", default="auto", help="fp64, fp32, bf16, fp16, or auto: as stored, on the CPU at least fp32 (auto)")
+    parser.add_argument("--checkpoint", default="auto", help="of a run folder; the newest complete one if not given")
     return parser.parse_args(argv)
 
 
-def _config(run: Path) -> RunConfig:
-    cfg = read_config(run)
-    if cfg is None:
-        raise UserError(f"{run} is no run folder: it has no config.yaml")
-    if cfg.plugins:
-        from llmtrain.plugins import load_plugins
-
-        load_plugins(cfg.plugins)
-    return cfg
-
-
-def _tokenizer(cfg: RunConfig):
-    from llmtrain.data.tokenizer import load
-
-    if cfg.tokenizer.path is None:
-        raise UserError("the run has no tokenizer (tokenizer.path), so there is no text to read or write")
-    return load(cfg.tokenizer.path, cfg.tokenizer.kind)
+def _prompts(options: argparse.Namespace) -> list[dict]:
+    """Every prompt as {"prompt": text[, "seed": n]}."""
+    prompts = [{"prompt": text} for text in options.prompt]
+    if options.prompts:
+        lines = (sys.stdin.read() if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8")).splitlines()
+        as_json = options.prompts.endswith((".jsonl", ".ndjson"))
+        prompts += [
+            _parse_line(options.prompts, n, line) if as_json else {"prompt": line} for n, line in enumerate(lines, 1) if line.strip()
+        ]
+    if not prompts:
+        raise UserError("no prompt: give -p TEXT, or --prompts FILE")
+    if options.samples < 1 or options.batch < 1:
+        raise UserError(f"--samples {options.samples}, --batch {options.batch}: both must be at least 1")
+    return prompts
 
 
-def _checkpoint(run: Path, cfg: RunConfig, wanted: str) -> Path:
-    path = Checkpointer(run, cfg.checkpoint, writable=False).find(wanted)
-    if path is None:
-        raise UserError(
-            f"{run} has no complete checkpoint; give --checkpoint, or train longer than checkpoint.every {cfg.checkpoint.every}"
-        )
-    return path
+def _parse_line(file: str, number: int, line: str) -> dict:
+    try:
+        value = json.loads(line)
+        assert isinstance(value["prompt"], str)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f'{file}, line {number}: not a JSON mapping with a text `prompt`, such as {{"prompt": "Once"}}') from None
+    return value
 
 
-@torch.no_grad()
-def load_model(cfg: RunConfig, *, checkpoint: Path) -> nn.Module:
-    """The model of a run with the weights of `checkpoint` (moments are not read), on the CPU in the format of precision.params.
-
-    Its RoPE base is that of the phase the checkpoint ends in. Raises CheckpointError if the weights do not fit.
-    """
-    from llmtrain.stages.session import op_call
-
-    here = cfg.model_copy(update={"precision": PrecisionConfig(compute=cfg.precision.params)})
-    ops = resolve({}, op_call(here, select("cpu")))  # cfg.kernels may name kernels of the device trained on
-    with torch.device("meta"):
-        model = family.build(cfg.model, ops, cfg.train.loss_chunk).to(torch_dtype(cfg.precision.params))
-    model.to_empty(device="cpu").eval()
-    weights = {f"{name}.weight": parameter.detach() for name, parameter in model.named_parameters()}
-    metadata = checkpoint_state.read_metadata(checkpoint)
-    _require_weights(checkpoint, weights, metadata)
-    checkpoint_state.read(checkpoint, weights, metadata)
-    if cfg.model.position.kind == "rope":
-        step = json.loads((checkpoint / checkpoint_files.META).read_bytes())["step"]
-        model.set_rope_base(StepPlan.from_config(cfg).step(step - 1).rope_base)
-    return model
+def _requests(options: argparse.Namespace, opened: OpenModel, prompts: list[dict]) -> list[Request]:
+    base = Sampling(
+        max_new=options.max_new,
+        temperature=0.0 if options.greedy else options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        stop_ids=opened.stop_ids,
+    )
+    if "" in options.stop:
+        raise UserError("--stop '' would stop at once; give a text")
+    encode = _chat_encode(options, opened) if options.chat else opened.encode
+    requests = []
+    for prompt in prompts:
+        tokens, seed = encode(prompt["prompt"]), int(prompt.get("seed", options.seed))
+        requests += [Request(tokens, replace(base, seed=seed + n), tuple(options.stop)) for n in range(options.samples)]
+    return requests
 
 
-def _require_weights(checkpoint: Path, weights: dict[str, Tensor], metadata) -> None:
-    stored = metadata.state_dict_metadata
-    named = {name for name in stored if name.endswith(".weight")}
-    wrong = sorted(named ^ set(weights)) or sorted(n for n, w in weights.items() if tuple(stored[n].size) != tuple(w.shape))
-    if wrong:
-        raise checkpoint_files.CheckpointError(f"{checkpoint} does not fit the run's config.yaml: {', '.join(wrong[:5])}")
+def _chat_encode(options: argparse.Namespace, opened: OpenModel) -> Callable[[str], list[int]]:
+    from llmtrain.tools.chat import ChatTemplate
+
+    tokenizer = opened.need_tokenizer()
+    template, system = ChatTemplate(tokenizer.path.parent), [{"role": "system", "content": options.system}] if options.system else []
+    return lambda text: tokenizer.encode(template.render([*system, {"role": "user", "content": text}]))
 
 
-def next_token(logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token id from logits [V].
+class Printer:
+    """Prints texts one after another, in order: the first that has not ended as it comes, later ones when their turn is there."""
 
-    `temperature` 0 takes the likeliest (the lowest id of equals). Else draws from softmax(logits / temperature) cut to its nucleus: the
-    likeliest tokens until their probabilities reach `top_p` (arXiv 1904.09751). Computed in float64 on the CPU, so that equal logits and
-    generator state give an equal token everywhere.
-    """
-    logits = logits.detach().to("cpu", torch.float64)
-    if not torch.isfinite(logits).any():
-        raise UserError("no logit is finite: the model's weights hold NaN or infinities")
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, ids = torch.softmax(logits / temperature, -1).sort(descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities * (before < top_p)  # the first always stays
-    return int(ids[torch.multinomial(kept, 1, generator=generator)])
+    def __init__(self, prompts: list[str], live: bool):
+        self.prompts, self._live, self._turn = prompts, live, 0
+        self._held = list(prompts)
+        self._ended = [False] * len(prompts)
+        if live and prompts:
+            self._flush()
+
+    def take(self, index: int, piece: str, *, ended: bool) -> None:
+        """New text of one of them."""
+        self._held[index] += piece
+        self._ended[index] = ended
+        while self._turn < len(self._held):
+            if self._live or self._ended[self._turn]:
+                self._flush()
+            if not self._ended[self._turn]:
+                break
+            self._turn += 1
+            print("\n" if self._turn < len(self._held) else "", flush=True)
+
+    def _flush(self) -> None:
+        print(self._held[self._turn], end="", flush=True)
+        self._held[self._turn] = ""
+
+
+def _write(path: Path, prompts: list[str], items: list[Completion]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, item in zip(prompts, items):
+            ended = {"tokens": item.tokens, "finished": item.finished or "interrupted", "seed": item.request.sampling.seed}
+            file.write(json.dumps({"prompt": prompt, "text": item.text} | ended, ensure_ascii=False) + "\n")
+
+
+def _summary(opened: OpenModel, runner, items: list[Completion], *, seconds: float, interrupted: bool) -> None:
+    tokens = sum(len(item.tokens) for item in items)
+    itemsize = next(opened.model.parameters()).dtype.itemsize
+    size = cache_bytes(opened.cfg, slots=runner.slots, capacity=runner.capacity, itemsize=itemsize)
+    words = f"{tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s) on {opened.device}"
+    cache = f"cache {size / 2**20:.1f} MiB for {runner.slots} x {runner.capacity} tokens"
+    print(f"{'interrupted: ' if interrupted else ''}{words}, {cache}", file=sys.stderr)
 
 
 def sample(
@@ -150,35 +190,9 @@ def sample(
 ) -> list[int]:
     """`tokens` and up to `max_new` more, drawn from `logits_fn`: tokens [1,S] int64 -> logits [1,V] of the last position.
 
-    A token of `stop_ids` ends it and is not returned. The same seed and logits give the same tokens. Raises UserError for an empty
-    prompt, a negative temperature or a top_p outside (0, 1].
+    For models that keep no cache here, such as an engine's under a mesh: all ranks draw the same tokens. A token of `stop_ids` ends it and
+    is not returned. Raises UserError for an empty prompt or values that `Sampling` refuses.
     """
-    if not tokens:
-        raise UserError("the prompt is empty; give at least one token")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature} and top_p {top_p}: allowed are temperature >= 0 and 0 < top_p <= 1")
-    generator = torch.Generator().manual_seed(seed)
-    result = list(tokens)
-    for _ in range(max_new):
-        logits = logits_fn(torch.tensor([result]))[0]
-        token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
-        if token in stop_ids:
-            break
-        result.append(token)
-    return result
-
-
-def cached_logits(model, *, capacity: int) -> Callable[[Tensor], Tensor]:
-    """A `logits_fn` for `sample` that runs `model` on the new tokens only, keys and values of the earlier ones being kept.
-
-    `model` as in docs/interfaces.md, on one rank; `capacity` is the longest sequence in tokens. Calls must extend one another.
-    """
-    cache = KVCache(capacity)
-    device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def logits(tokens: Tensor) -> Tensor:
-        new = tokens[:, cache.length :].to(device)
-        return model(new, positions=cache.positions(new), mask=Mask(), cache=cache)["logits"][:, -1]
-
-    return logits
+    runner = UncachedRunner(lambda rows: logits_fn(rows)[:, None].expand(-1, rows.shape[1], -1), slots=1, capacity=len(tokens) + max_new)
+    rule = Sampling(max_new=max_new, temperature=temperature, top_p=top_p, seed=seed, stop_ids=tuple(stop_ids))
+    return generate_tokens(runner, [tokens], rule)[0].tokens

@@ -1,0 +1,198 @@
+"""A model to generate with or to evaluate: a run folder, converted or trained, or a Hugging Face folder."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.run import RunConfig
+from llmtrain.data.tokenizer import Tokenizer, load
+from llmtrain.device import Device, select
+from llmtrain.device.dtypes import DTYPES, torch_dtype
+from llmtrain.errors import UserError
+from llmtrain.layout.steps import StepPlan
+from llmtrain.model import family
+from llmtrain.ops import Call, resolve
+from llmtrain.tools.history import read_config
+from llmtrain.train import checkpoint_files, checkpoint_state
+from llmtrain.train.checkpoint import Checkpointer
+
+
+class OpenModel(NamedTuple):
+    """A model in evaluation mode on its device, and what it needs to read and write text."""
+
+    model: nn.Module
+    cfg: ModelConfig
+    tokenizer: Tokenizer | None
+    """None if the folder has none."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a text."""
+    prefix: tuple[int, ...] = ()
+    """Tokens that stand in front of every text (a beginning-of-sequence token, where the model was trained with one)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, the prefix in front. Raises UserError without a tokenizer."""
+        return [*self.prefix, *self.need_tokenizer().encode(text)]
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer; UserError if there is none."""
+        if self.tokenizer is None:
+            raise UserError("the model has no tokenizer (tokenizer.path of its config.yaml), so there is no text to read or write")
+        return self.tokenizer
+
+
+def open_model(path: str | Path, *, device: str = "auto", dtype: str = "auto", checkpoint: str = "auto") -> OpenModel:
+    """Read a model.
+
+    Args:
+        path: a run folder (config.yaml with checkpoints/), or a Hugging Face folder (config.json with safetensors).
+        device: `auto`, `cpu`, `cuda` or `npu`.
+        dtype: `fp64`, `fp32`, `bf16`, `fp16`, or `auto`: as stored, but fp32 for 16-bit weights on the CPU, which computes faster in it.
+        checkpoint: of a run folder, the checkpoint's folder; the newest complete one if `auto`.
+
+    Raises:
+        UserError: no such folder, no complete checkpoint, weights that do not fit, a model that cannot be read.
+    """
+    path = Path(path)
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
+    place = select(device)
+    cfg = read_config(path)
+    if cfg is not None:
+        return _open_run(path, cfg, place, dtype, checkpoint)
+    if (path / "config.json").is_file():
+        return _open_hf(path, place, dtype)
+    what = "a GGUF file; `llmtrain convert` makes a folder of it" if path.suffix == ".gguf" else "neither"
+    raise UserError(f"{path} is no run folder (config.yaml) and no Hugging Face folder (config.json): it is {what}")
+
+
+def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: str = "auto") -> nn.Module:
+    """The model of a run with the weights of `checkpoint` (moments are not read); `device` and `dtype` as in `open_model`.
+
+    Its RoPE base is that of the phase the checkpoint ends in. Raises CheckpointError if the weights do not fit.
+    """
+    place = select(device)
+    model = _empty(cfg.model, place, _compute_dtype(torch_dtype(cfg.precision.params), place, dtype))
+    weights = {f"{name}.weight": parameter.detach() for name, parameter in model.named_parameters()}
+    metadata = checkpoint_state.read_metadata(checkpoint)
+    _require_weights(checkpoint, weights, metadata)
+    _read(checkpoint, weights, metadata, stored=torch_dtype(cfg.precision.params))
+    step = json.loads((checkpoint / checkpoint_files.META).read_bytes())["step"]
+    if cfg.model.position.kind == "rope" and step > 0:
+        model.set_rope_base(StepPlan.from_config(cfg).step(step - 1).rope_base)
+    return model
+
+
+def _open_run(run: Path, cfg: RunConfig, place: Device, dtype: str, wanted: str) -> OpenModel:
+    if cfg.plugins:
+        from llmtrain.plugins import load_plugins
+
+        load_plugins(cfg.plugins)
+    checkpoint = Checkpointer(run, cfg.checkpoint, writable=False).find(wanted)
+    if checkpoint is None:
+        every = cfg.checkpoint.every
+        raise UserError(f"{run} has no complete checkpoint; give --checkpoint, or train longer than checkpoint.every {every}")
+    tokenizer = run_tokenizer(run, cfg)
+    model = load_model(cfg, checkpoint=checkpoint, device=place.kind, dtype=dtype)
+    return OpenModel(model, cfg.model, tokenizer, (tokenizer.eod_id,) if tokenizer else ())
+
+
+def run_tokenizer(run: Path, cfg: RunConfig) -> Tokenizer | None:
+    """The tokenizer of a run: where tokenizer.path says, else in its folder `tokenizer`; None if the run has none."""
+    named, own = cfg.tokenizer.path, run / "tokenizer"
+    if named is not None and (Path(named).exists() or not own.exists()):
+        return load(named, cfg.tokenizer.kind)
+    return load(own, cfg.tokenizer.kind) if own.exists() else None
+
+
+def _open_hf(folder: Path, place: Device, dtype: str) -> OpenModel:
+    from llmtrain.convert.hf_read import model_config
+    from llmtrain.convert.import_hf import load_into
+
+    cfg = model_config(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    model = _empty(cfg, place, _compute_dtype(stored, place, dtype))
+    load_into({name: parameter.detach() for name, parameter in model.named_parameters()}, folder, cfg)
+    has_tokenizer = (folder / "tokenizer.json").is_file() or bool(list(folder.glob("*.model")))
+    tokenizer = load(folder) if has_tokenizer else None
+    return OpenModel(model, cfg, tokenizer, _stop_ids(folder, config, tokenizer), _prefix(folder, tokenizer))
+
+
+def _compute_dtype(stored: torch.dtype, place: Device, wanted: str) -> torch.dtype:
+    if wanted != "auto":
+        dtype = torch_dtype(wanted)
+    else:
+        dtype = torch.float32 if place.kind == "cpu" and stored.itemsize == 2 else stored
+    reason = place.unsupported_dtype(dtype)
+    if reason:
+        raise UserError(f"--dtype {wanted}: {reason}")
+    return dtype
+
+
+def _empty(cfg: ModelConfig, place: Device, dtype: torch.dtype) -> nn.Module:
+    call = Call(
+        device=place.kind,
+        dtype=dtype,
+        capability=place.capability(),
+        backward=False,
+        head_dim=cfg.head_dim,
+        value_head_dim=cfg.head_dim,
+        heads=cfg.attention.heads,
+        kv_heads=cfg.kv_heads,
+        window=cfg.attention.window,
+    )
+    with torch.device("meta"):
+        model = family.build(cfg, resolve({}, call), 1024).to(dtype)
+    return model.to_empty(device=place.torch_device).eval().requires_grad_(False)
+
+
+def _read(checkpoint: Path, weights: dict[str, Tensor], metadata, *, stored: torch.dtype) -> None:
+    """Fill `weights` in place. The reader wants CPU tensors of the stored format, so others are copied over."""
+    direct = all(w.device.type == "cpu" and w.dtype == stored for w in weights.values())
+    targets = weights if direct else {name: torch.empty(w.shape, dtype=stored) for name, w in weights.items()}
+    checkpoint_state.read(checkpoint, targets, metadata)
+    for name, tensor in () if direct else targets.items():
+        weights[name].copy_(tensor)
+
+
+def _require_weights(checkpoint: Path, weights: dict[str, Tensor], metadata) -> None:
+    stored = metadata.state_dict_metadata
+    named = {name for name in stored if name.endswith(".weight")}
+    wrong = sorted(named ^ set(weights)) or sorted(n for n, w in weights.items() if tuple(stored[n].size) != tuple(w.shape))
+    if wrong:
+        raise checkpoint_files.CheckpointError(f"{checkpoint} does not fit the run's config.yaml: {', '.join(wrong[:5])}")
+
+
+def _stop_ids(folder: Path, config: dict, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The end tokens of generation_config.json, else of config.json, else the tokenizer's."""
+    generation = folder / "generation_config.json"
+    given = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    given = config.get("eos_token_id") if given is None else given
+    if given is None:
+        given = tokenizer.eod_id if tokenizer else ()
+    return tuple(given) if isinstance(given, Iterable) else (int(given),)
+
+
+def _prefix(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """What the model's own tokenizer puts in front of a text: by tokenizer.json's post-processor, else by tokenizer_config.json."""
+    if tokenizer is None:
+        return ()
+    if tokenizer.standard_name == "tokenizer.json":
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_file(str(tokenizer.path))
+        plain, special = (library.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        return tuple(special[: next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)])
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return (tokenizer.bos_id,) if values.get("add_bos_token", True) and tokenizer.bos_id is not None else ()
