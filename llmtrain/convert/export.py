@@ -1,14 +1,16 @@
 """A trained model as a Hugging Face folder: safetensors, config.json, tokenizer."""
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters
+from llmtrain.convert.companions import copy_companions, token_ids, write_generation
+from llmtrain.convert.folders import whole_folder
 from llmtrain.convert.hf_config import hf_config
 from llmtrain.convert.names import canonical_names, pick_family, to_hf
 from llmtrain.convert.shards import ShardWriter
@@ -37,6 +39,7 @@ def export_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
     rope_base: float | None = None,
+    companions: Path | None = None,
 ) -> Path:
     """Write a Hugging Face folder; it appears, or replaces an older one, only when complete.
 
@@ -44,34 +47,39 @@ def export_hf(
         folder: where to.
         cfg: the model, vocab_size set.
         weights: (canonical name, whole CPU tensor), streamed: at most one shard is held in memory. A tied head is not among them.
-        tokenizer: a llmtrain.data.tokenizer.Tokenizer to copy along; its bos_id and eod_id become the model's.
+        tokenizer: a llmtrain.data.tokenizer.Tokenizer to copy along; its bos_id and eod_id become the model's, unless generation settings
+            beside it say otherwise.
         dtype: cast to this; None keeps.
         shard_bytes: largest shard; a tensor above it gets a shard of its own.
         rope_base: the RoPE base of the last phase of training, if it is not `model.position.base`.
+        companions: folder whose tokenizer files, chat template and generation settings come along; the tokenizer's own if not given.
 
     Raises:
         UserError: no family fits, or names or sizes are not those of `cfg`.
     """
     family, folder = pick_family(cfg), Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    beside = companions if companions is not None or tokenizer is None else tokenizer.path.parent
+    with whole_folder(folder) as partial:
         writer = ShardWriter(partial, shard_bytes)
         writer.write(_renamed(weights, family, dtype))
         _check_complete(writer.sizes, cfg, family)
-        tokens = {} if tokenizer is None else {"bos": tokenizer.bos_id, "eos": tokenizer.eod_id}
-        stored = str(next(iter(writer.dtypes), torch.float32)).removeprefix("torch.")
-        _write_json(partial / "config.json", hf_config(cfg, family, dtype=stored, rope_base=rope_base, **tokens))
-        _write_json(partial / "generation_config.json", {f"{name}_token_id": token for name, token in tokens.items()})
-        if family == "openpangu":
-            (partial / "README.md").write_text(OPENPANGU_NOTE)
         if tokenizer is not None:
             _write_tokenizer(partial, tokenizer)
-        _replace(folder, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if beside is not None:
+            copy_companions(beside, partial)
+        ids = _token_ids(tokenizer, beside)
+        stored = str(next(iter(writer.dtypes), torch.float32)).removeprefix("torch.")
+        _write_json(partial / "config.json", hf_config(cfg, family, dtype=stored, rope_base=rope_base) | ids)
+        write_generation(partial, ids)
+        if family == "openpangu":
+            (partial / "README.md").write_text(OPENPANGU_NOTE)
     return folder
+
+
+def _token_ids(tokenizer, beside: Path | None) -> dict[str, Any]:
+    """What the model's own files say, else the tokenizer."""
+    own = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id}
+    return own | (token_ids(beside) if beside is not None else {})
 
 
 def _renamed(weights: Iterable[tuple[str, torch.Tensor]], family: str, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,25 +97,17 @@ def _check_complete(sizes: dict[str, int], cfg: ModelConfig, family: str) -> Non
         raise UserError(f"export: {given:,} parameters were given, the model section describes {needed:,}; shapes differ from it")
 
 
-def _replace(folder: Path, partial: Path) -> None:
-    """Rename over an older export. A kill in between leaves the old one as NAME.old, never a mixture."""
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_tokenizer(folder: Path, tokenizer) -> None:
     """Copy the tokenizer and say how to read it where its own tokenizer_config.json does not come along."""
     file, config = tokenizer.copy_to(folder), folder / "tokenizer_config.json"
+    if config.exists():
+        return
     if file.suffix == ".model":
         # transformers then encodes as the sentencepiece model does, which may or may not put a space before the text. Where it does,
         # transformers puts none before a text that begins with a space.
         prefixed = tokenizer.piece(tokenizer.encode("x")[0]).startswith("\u2581")
         _write_json(config, {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "add_prefix_space": prefixed})
-    elif not config.exists():
+    else:
         names = {
             f"{name}_token": tokenizer.piece(token)
             for name, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eod_id))

@@ -12,12 +12,10 @@ _ARCHITECTURE = {
 _MODEL_TYPE = {"openpangu": "PanguEmbedded"}
 
 
-def hf_config(
-    cfg: ModelConfig, family: str, *, dtype: str = "float32", bos: int | None = None, eos: int | None = None, rope_base: float | None = None
-) -> dict:
+def hf_config(cfg: ModelConfig, family: str, *, dtype: str = "float32", rope_base: float | None = None) -> dict:
     """config.json of `cfg` as a model of `family` (see names.pick_family).
 
-    `dtype` is that of the weights, `bos` and `eos` token ids, `rope_base` the base in use if not `model.position.base`.
+    `dtype` is that of the weights, `rope_base` the base in use if not `model.position.base`. Token ids are the caller's to set.
     """
     base = _plain_base(cfg, rope_base or cfg.position.base)
     values = {
@@ -41,8 +39,8 @@ def hf_config(
         "attention_bias": cfg.attention.out_bias,  # Llama's and Qwen3's flag covers all four projections
         "mlp_bias": cfg.ffn.bias,
         "torch_dtype": dtype,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
     if cfg.attention.window is not None:
         layers = ["sliding_attention"] * cfg.layers
