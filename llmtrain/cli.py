@@ -4,6 +4,7 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmtrain import __version__
@@ -44,12 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"llmtrain {__version__}")
         return DONE
-    if words[0] not in VERBS:
-        near = difflib.get_close_matches(words[0], VERBS, 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"llmtrain: {words[0]!r} is no verb; allowed: {', '.join(VERBS)}{hint}", file=sys.stderr)
-        return USER_ERROR
-    return _run(VERBS[words[0]], words[1:])
+    return _run(words[0], words[1:])
 
 
 def usage() -> str:
@@ -58,9 +54,24 @@ def usage() -> str:
     return "usage: llmtrain VERB ...\n\n" + "\n".join(lines) + "\n" + FOOTER
 
 
-def _run(verb: Verb, argv: list[str]) -> int:
+def _find(name: str, argv: list[str]) -> Callable[[list[str]], int]:
+    """The function of a verb, which may be a plugin's stage. Raises UserError if there is none."""
+    if name in VERBS:
+        return getattr(importlib.import_module(VERBS[name].module), VERBS[name].function)
+    from llmtrain.stages.registry import find_verb, stages
+
+    found = None if name.startswith("-") else find_verb(name, argv)
+    if found is None:
+        known = [*VERBS, *(stage for stage in stages() if stage not in VERBS)]
+        near = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{name!r} is no verb; allowed: {', '.join(known)}{hint}")
+    return found
+
+
+def _run(name: str, argv: list[str]) -> int:
     try:
-        return getattr(importlib.import_module(verb.module), verb.function)(argv)
+        return _find(name, argv)(argv)
     except SystemExit as stop:
         return _exit_code(stop)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Code from elsewhere that registers model families, ops, stages or data sources. A configuration is read through it, so it imports little."""
+"""Code from elsewhere that registers model families, ops, stages or data sources. Reading a configuration loads it."""
 
 import importlib
 import os

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.load import LoadedConfig, load
+from llmtrain.config.load import LoadedConfig, load, named_plugins, read
+from llmtrain.plugins import load_plugins
 
 USAGE = """usage: llmtrain {verb} -c FILE [--dry-run] [--section.key VALUE ...]
 
@@ -33,13 +34,28 @@ def parse_run_arguments(argv: list[str], *, verb: str = "train", description: st
     Raises:
         ConfigError: nothing given, or anything `load` refuses.
     """
+    if "-h" in argv or "--help" in argv:
+        load_plugins(plugin_names([word for word in argv if word not in ("-h", "--help")]))
+        _print_help(verb, description)
+    options, rest = _split(argv)
+    if options.config is None and not rest:
+        raise ConfigError(f"nothing to run: give a configuration, llmtrain {verb} -c FILE (llmtrain {verb} -h for help)")
+    return load(options.config, rest), options
+
+
+def plugin_names(argv: list[str]) -> list[str]:
+    """`plugins` as the words after a verb give it, in a file or on the command line. Raises ConfigError as `parse_run_arguments`."""
+    options, rest = _split(argv)
+    return named_plugins(read(options.config), rest)
+
+
+def _split(argv: list[str]) -> tuple[RunOptions, list[str]]:
+    """The stage's own options, and the words that are overrides."""
     file, dry_run, rest = None, False, []
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if word in ("-h", "--help"):
-            _print_help(verb, description)
-        elif name in ("-c", "--config"):
+        if name in ("-c", "--config"):
             if file is not None:
                 raise ConfigError(f"{name} is given twice; a file may name others with `extends:`")
             file = value if equals else next(words, None)
@@ -51,9 +67,7 @@ def parse_run_arguments(argv: list[str], *, verb: str = "train", description: st
             raise ConfigError(f"{word!r} on the command line is no option; did you mean -c {word}?")
         else:
             rest.append(word)
-    if file is None and not rest:
-        raise ConfigError(f"nothing to run: give a configuration, llmtrain {verb} -c FILE (llmtrain {verb} -h for help)")
-    return load(file, rest), RunOptions(file, dry_run)
+    return RunOptions(file, dry_run), rest
 
 
 def _is_value(before: list[str]) -> bool:

@@ -39,18 +39,19 @@ def load(path: str | Path | None, overrides: list[str]) -> LoadedConfig:
     Raises:
         ConfigError: one message per thing wrong, each with the option, the value, what is allowed and where it came from.
     """
-    merged = _read(path)
-    if load_plugins(_plugins(merged, overrides)):  # what follows depends on the options that they add
-        merged = _read(path)
+    merged = read(path)
+    if load_plugins(named_plugins(merged, overrides)):  # what follows depends on the options that they add
+        merged = read(path)
     return validated(words.apply(merged, words.parse(list(overrides))))
 
 
-def _read(path: str | Path | None) -> Layer:
+def read(path: str | Path | None) -> Layer:
+    """The file `path` with the files it extends, not yet validated; None is an empty one."""
     return read_file(Path(path)) if path is not None else Layer({}, {})
 
 
-def _plugins(merged: Layer, overrides: list[str]) -> list[str]:
-    """`plugins` as the file and the command line have it; a value that is no list of names is left to validation."""
+def named_plugins(merged: Layer, overrides: list[str]) -> list[str]:
+    """`plugins` as a file and the command line have it; a value that is no list of names is left to validation."""
     layer = layers.whole({key: value for key, value in merged.data.items() if key == "plugins"}, "")
     names = words.apply(layer, [pair for pair in words.parse(list(overrides)) if pair[0][0] == "plugins"]).data.get("plugins")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.config.data import DataSource
+from llmtrain.config.data import DataSource, Source
 from llmtrain.config.run import RunConfig
 from llmtrain.data.errors import DataError
 
@@ -53,10 +53,12 @@ def check_inputs(cfg: RunConfig) -> Report:
     for where, seq_len, weights in _demands(cfg):
         for index, weight in enumerate(source_weights(data.train, weights)):
             if weight:
-                _enough(sources[index], seq_len, where)
-    for source in sources[len(data.train) :]:
-        _enough(source, cfg.train.seq_len, "train.seq_len")
+                _enough(cfg, data.train[index], sources[index], seq_len=seq_len, option=where)
+    for source, checked in zip(data.validation, sources[len(data.train) :]):
+        _enough(cfg, source, checked, seq_len=cfg.train.seq_len, option="train.seq_len")
     _check_cache(cache_folder(data.train, data.cache))
+    if cfg.metrics.bigram_baseline and not all(isinstance(s, DataSource) for s in (*data.train, *data.validation)):
+        raise DataError("metrics.bigram_baseline reads tokenised files only, and a source is of another kind; set it to false")
     return Report(vocab_size, tuple(sources))
 
 
@@ -77,7 +79,9 @@ def _vocabulary(cfg: RunConfig) -> tuple[int, str | None]:
     return given or tokenizer.vocab_size, tokenizer.fingerprint()
 
 
-def _check_source(where: str, source: DataSource, name: str, *, vocab_size: int, fingerprint: str | None) -> CheckedSource:
+def _check_source(where: str, source: Source, name: str, *, vocab_size: int, fingerprint: str | None) -> CheckedSource:
+    if not isinstance(source, DataSource):
+        return CheckedSource(where, name, 0, 0)  # its size depends on the sequence length: see _enough
     from llmtrain.data.token_file import TokenFile
     from llmtrain.data.tokenize import read_notes
 
@@ -104,12 +108,30 @@ def _demands(cfg: RunConfig) -> Sequence[tuple[str, int, dict[str, float] | None
     return [(option, p.seq_len or train.seq_len, p.mix) for option, p in zip(options, train.phases)]
 
 
-def _enough(source: CheckedSource, seq_len: int, option: str) -> None:
-    if source.tokens < seq_len + 1:
+def _enough(cfg: RunConfig, source: Source, checked: CheckedSource, *, seq_len: int, option: str) -> None:
+    if not isinstance(source, DataSource):
+        _open_plugin(cfg, source, checked, seq_len=seq_len)
+    elif checked.tokens < seq_len + 1:
         raise DataError(
-            f"{source.where}: {source.name} has {source.tokens} tokens, fewer than one sample of {seq_len} + 1; "
+            f"{checked.where}: {checked.name} has {checked.tokens} tokens, fewer than one sample of {seq_len} + 1; "
             f"lower {option}, or give the source more text"
         )
+
+
+def _open_plugin(cfg: RunConfig, source: Source, checked: CheckedSource, *, seq_len: int) -> None:
+    """Open a plugin's source as the run will, and look at a few of its samples."""
+    from llmtrain.data.dataset import cache_folder
+    from llmtrain.data.sources import open_source
+
+    try:
+        cache = cache_folder(cfg.data.train, cfg.data.cache)
+        samples = open_source(source, seq_len=seq_len, seed=cfg.seed, shuffle=cfg.data.shuffle, cache=cache)
+        vocab_size, _ = _vocabulary(cfg)
+        for index in (0, samples.samples_per_epoch // 2, samples.samples_per_epoch - 1):
+            if (largest := int(samples.sample(index).tokens.max())) >= vocab_size:
+                raise DataError(f"sample {index} holds the token id {largest}, the vocabulary has {vocab_size} (model.vocab_size)")
+    except DataError as error:
+        raise DataError(f"{checked.where}: {error}") from error
 
 
 def _check_cache(folder: Path) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmtrain.config.data import DataSource
+from llmtrain.config.data import DataSource, Source
 from llmtrain.data.batch import NO_TARGET, Batch
 from llmtrain.data.blend import Blend
 from llmtrain.data.errors import DataError
 from llmtrain.data.packing import PackedSource, Sample
+from llmtrain.data.sources import CheckedSource, open_source
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class SourceUse:
     samples: int
     """Samples taken from it."""
     samples_per_epoch: int
-    documents: int
+    documents: int | None
     tokens: int
-    """Size of the source."""
+    """Size of the source; the documents of a plugin's source are not known."""
 
     @property
     def epochs(self) -> float:
@@ -37,7 +38,9 @@ class SourceUse:
 class Dataset:
     """`samples` samples of S tokens from blended sources; made by `build_dataset`."""
 
-    def __init__(self, names: list[str], sources: list[PackedSource], blend: Blend, *, samples: int, document_mask: bool) -> None:
+    def __init__(
+        self, names: list[str], sources: list[PackedSource | CheckedSource], blend: Blend, *, samples: int, document_mask: bool
+    ) -> None:
         self._names, self._sources, self._blend = names, sources, blend
         self._samples, self._document_mask = samples, document_mask
         self.seq_len = sources[0].seq_len
@@ -50,7 +53,7 @@ class Dataset:
         """What is read from each source, with how many epochs that makes."""
         counts, total = self._blend.counts(self._samples), sum(self._blend.shares)
         return [
-            SourceUse(name, share / total, count, source.samples_per_epoch, len(source.file), len(source.file.tokens))
+            SourceUse(name, share / total, count, source.samples_per_epoch, *_size(source))
             for name, source, share, count in zip(self._names, self._sources, self._blend.shares, counts)
         ]
 
@@ -65,6 +68,12 @@ class Dataset:
         places = [self._blend[i] for i in range(first, first + count)]
         samples = [self._sources[source].sample(index) for source, index in places]
         return to_batch(samples, indices=range(first, first + count), document_mask=self._document_mask)
+
+
+def _size(source: PackedSource | CheckedSource) -> tuple[int | None, int]:
+    if isinstance(source, PackedSource):
+        return len(source.file), len(source.file.tokens)
+    return None, source.samples_per_epoch * source.seq_len
 
 
 def to_batch(samples: Sequence[Sample], *, indices: Sequence[int], document_mask: bool) -> Batch:
@@ -88,16 +97,16 @@ def to_batch(samples: Sequence[Sample], *, indices: Sequence[int], document_mask
     return Batch(*arrays, documents=tuple(documents) if document_mask else None, samples=tuple(indices))
 
 
-def source_names(sources: Sequence[DataSource]) -> list[str]:
-    """The name of each source, the last part of its path where none is given; two alike are an error."""
-    names = [s.name or Path(s.path).name for s in sources]
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """The label of each source; two alike are an error."""
+    names = [s.label for s in sources]
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"data: two sources are called {name!r}; give one of them another name (data.train.N.name)")
     return names
 
 
-def source_weights(sources: Sequence[DataSource], weights: Mapping[str, float] | None) -> list[float]:
+def source_weights(sources: Sequence[Source], weights: Mapping[str, float] | None) -> list[float]:
     """One weight per source: its own, or where `weights` is given that of its name there, 0 if it has none."""
     names = source_names(sources)
     unknown = sorted(set(weights or ()) - set(names))
@@ -109,13 +118,14 @@ def source_weights(sources: Sequence[DataSource], weights: Mapping[str, float] |
     return values
 
 
-def cache_folder(sources: Sequence[DataSource], cache: str | Path | None) -> Path:
-    """Where the sample index lives: `cache`, or `.cache` beside the first source."""
-    return Path(cache) if cache else Path(sources[0].path).parent / ".cache"
+def cache_folder(sources: Sequence[Source], cache: str | Path | None) -> Path:
+    """Where the sample index lives: `cache`, or `.cache` beside the first tokenised source; `data/.cache` if there is none."""
+    beside = next((Path(s.path).parent for s in sources if isinstance(s, DataSource)), Path("data"))
+    return Path(cache) if cache else beside / ".cache"
 
 
 def build_dataset(
-    sources: Sequence[DataSource],
+    sources: Sequence[Source],
     *,
     seq_len: int,
     samples: int | None,
@@ -144,7 +154,7 @@ def build_dataset(
         raise DataError("data.train is empty; give at least one source, the prefix of a .bin/.idx pair")
     folder = cache_folder(sources, cache)
     used = [(n, s, w) for n, s, w in zip(source_names(sources), sources, source_weights(sources, weights)) if w]
-    packed = [PackedSource(s.path, seq_len=seq_len, seed=seed, shuffle=shuffle, cache=folder) for _, s, _ in used]
+    packed = [open_source(s, seq_len=seq_len, seed=seed, shuffle=shuffle, cache=folder) for _, s, _ in used]
     once = [p.samples_per_epoch for p in packed]
     length = sum(once) if samples is None else samples
     shares = once if samples is None else [w for _, _, w in used]  # by size, all sources end together after one pass

@@ -52,16 +52,17 @@ def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
     """Fill every parameter (plain or DTensor) from (seed, canonical name, element index).
 
     Each rank draws only the elements that it holds, on the CPU. Biases are 0, norm gammas 1, depth-scaled post norms
-    c / sqrt(L). Raises ValueError for a parameter still on meta.
+    c / sqrt(L); a family's own `initial(name)` comes first. Raises ValueError for a parameter still on meta.
     """
     for raw_name, param in model.named_parameters():
         name = canonical_name(raw_name)
         if param.is_meta:
             raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) before initialise")
+        own = model.initial(name) if hasattr(model, "initial") else None
         if param.ndim > 1:
-            _fill_normal(param, seed, name, matrix_std(cfg, name))
+            _fill_normal(param, seed, name, matrix_std(cfg, name) if own is None else own)
         else:
-            _local(param).fill_(_vector_value(cfg, name))
+            _local(param).fill_(_vector_value(cfg, name) if own is None else own)
 
 
 def _vector_value(cfg: ModelConfig, name: str) -> float:

@@ -1,6 +1,7 @@
 """The decoder-only transformer: embedding, blocks, final norm, head."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from llmtrain.model.rope import Rope
 class Transformer(nn.Module):
     """A dense decoder. Computes in the dtype of its parameters; holds no collective and no device name.
 
-    Parameters are left empty: `initialise` fills them after the model is on its device.
+    Parameters are left empty: `initialise` fills them after the model is on its device. A family that differs in its blocks alone
+    derives from this and sets `block`.
     Raises ValueError if `model.vocab_size` is not set.
     """
+
+    block: ClassVar[type[Block]] = Block
 
     def __init__(self, cfg: ModelConfig, ops, loss_chunk: int):
         super().__init__()
@@ -31,7 +35,7 @@ class Transformer(nn.Module):
         learned = cfg.position.kind == "learned"
         self.position_embedding = _positions(cfg) if learned else None
         self.rope = None if learned else Rope(cfg.position, cfg.head_dim)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, ops=ops) for i in range(cfg.layers)})
+        self.blocks = nn.ModuleDict({str(i): self.block(cfg, ops=ops) for i in range(cfg.layers)})
         self.final_norm = build_norm(cfg.norm, cfg.hidden, ops=ops)
         self.head = Head(cfg.vocab_size, cfg.hidden, ops=ops, loss_chunk=loss_chunk)
         self._tie()

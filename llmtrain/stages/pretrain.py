@@ -4,14 +4,15 @@ llmtrain train -c configs/quickstart.yaml --train.steps 200
 torchrun --nproc-per-node 8 -m llmtrain train -c configs/llama3_8b.yaml
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llmtrain.config.arguments import parse_run_arguments
 from llmtrain.config.run import RunConfig
 from llmtrain.data.check import check_inputs
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.steps import Phase, StepPlan
-from llmtrain.plugins import load_plugins
 from llmtrain.tools.launch import is_launched, run_local
 
 
@@ -19,7 +20,6 @@ def main(argv: list[str]) -> int:
     """`llmtrain train`: check everything a user can get wrong, then run here or start the local ranks."""
     loaded, options = parse_run_arguments(argv)
     cfg = loaded.run
-    load_plugins(cfg.plugins)
     if options.dry_run:
         from llmtrain.stages.dry_run import dry_run
 
@@ -35,18 +35,23 @@ def preflight(cfg: RunConfig) -> int:
     check_inputs(cfg)
     plan = StepPlan.from_config(cfg)
     from llmtrain.device import select
+    from llmtrain.model.family import check_family
     from llmtrain.stages.session import ranks_wanted
     from llmtrain.train.stopping import StopRequest
 
     select(cfg.device)  # refuses a device that is not usable here
+    check_family(cfg.model.family)
     ranks = ranks_wanted(cfg)
     plan.check_batches(dp=MeshShape.from_config(cfg.parallel, world=ranks).dp)
     with StopRequest(cfg.guards):  # refuses a deadline that has passed
         return ranks
 
 
-def run(cfg: RunConfig) -> int:
-    """Train as `cfg` says; called on every rank. Returns the exit code: 0 done, 2 stopped after saving, 3 stopped by a guard."""
+def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> int:
+    """Train as `cfg` says; called on every rank. Returns the exit code: 0 done, 2 stopped after saving, 3 stopped by a guard.
+
+    objective: what is minimised, from the model's outputs (docs/interfaces.md, Objectives); the summed cross-entropy if not given.
+    """
     from llmtrain.model.objective import cross_entropy
     from llmtrain.stages.pretrained import loader
     from llmtrain.stages.session import session
@@ -63,7 +68,7 @@ def run(cfg: RunConfig) -> int:
         if s.mesh.rank == 0:
             s.introduce()
         stop.folder = s.folder.path
-        engine = s.build_engine(cross_entropy)
+        engine = s.build_engine(objective or cross_entropy)
         sinks = []
         if s.mesh.rank == 0:
             sinks = build_sinks(cfg.metrics, s.folder.path, cfg.model_dump(mode="json"), say=s.console.message)
@@ -124,9 +129,7 @@ def inputs(cfg: RunConfig):
 
     seq_len = cfg.train.seq_len
     validation = {
-        source.name or Path(source.path).name: build_dataset(
-            [source], seq_len=seq_len, samples=None, seed=cfg.seed, shuffle=False, **shared
-        )
+        source.label: build_dataset([source], seq_len=seq_len, samples=None, seed=cfg.seed, shuffle=False, **shared)
         for source in data.validation
     }
     return Inputs(dataset_of=dataset_of, validation=validation)
