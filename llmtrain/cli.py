@@ -25,6 +25,7 @@ class Verb:
 VERBS = {
     "train": Verb("llmtrain.stages.pretrain", "pretrain a model as a YAML file says"),
     "generate": Verb("llmtrain.tools.generate", "continue a prompt with a trained model"),
+    "convert": Verb("llmtrain.tools.convert", "read and write Hugging Face folders, read GGUF files; compare with transformers"),
     "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokenised files"),
     "config": Verb("llmtrain.tools.config", "show, compare and explain configurations; list the published models"),
     "kernels": Verb("llmtrain.tools.kernels", "which implementation each op uses on this machine, and why"),

@@ -37,10 +37,18 @@ class Checkpointer:
         log: takes one-line messages, on rank 0 only.
         timeout: seconds that a rank waits for another one while a checkpoint is written.
         writable: False for a tool that only reads: nothing is cleaned up, since another process may be saving there.
+        stage: what copies a state before it is written; `stage.copy(state)` gives a mapping of the same names to CPU tensors.
     """
 
     def __init__(
-        self, folder: Path, cfg: CheckpointConfig, *, log: Callable[[str], Any] = print, timeout: float = 1800.0, writable: bool = True
+        self,
+        folder: Path,
+        cfg: CheckpointConfig,
+        *,
+        log: Callable[[str], Any] = print,
+        timeout: float = 1800.0,
+        writable: bool = True,
+        stage: tensors.Stage | None = None,
     ):
         self.folder, self.cfg = Path(folder), cfg
         self.checkpoints = self.folder / "checkpoints"
@@ -56,7 +64,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future | None = None
         self._finished: list[_Saved] = []
-        self._stage = tensors.Stage()
+        self._stage = stage or tensors.Stage()
         if writable:
             self._on_rank_0(self._prepare)
 

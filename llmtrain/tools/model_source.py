@@ -1,0 +1,159 @@
+"""A model to convert, wherever it is: a Hugging Face folder, a run or a checkpoint of it, a GGUF file. Read tensor by tensor."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.pretrained import pretrained_tokenizer, pretrained_values, run_folder
+from llmtrain.config.train import CheckpointConfig
+from llmtrain.convert.companions import copy_companions, token_ids, write_generation
+from llmtrain.convert.gguf import read_gguf
+from llmtrain.convert.hf_read import CONFIG, model_config
+from llmtrain.convert.import_hf import check
+from llmtrain.convert.names import canonical_names, to_hf
+from llmtrain.convert.stored import StoredTensors
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.tokenizer import load as load_tokenizer
+from llmtrain.errors import UserError
+from llmtrain.train import checkpoint_state
+from llmtrain.train.checkpoint import Checkpointer
+
+FORMATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Tensors(Protocol):
+    """Weights on demand, by canonical name."""
+
+    names: list[str]
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and stored format; reads nothing."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor on the CPU."""
+
+
+@dataclass
+class ModelSource:
+    """An open model; `tensors` are valid while it is open."""
+
+    path: Path
+    kind: str
+    """hf, native or gguf."""
+    cfg: ModelConfig
+    tensors: Tensors
+    companions: Path | None
+    """Folder of the tokenizer and the small files that travel along."""
+    tokenizer: Tokenizer | None = None
+    """A run's tokenizer, whose file may have any name."""
+    reference: Any = None
+    """transformers' own model, where reading needed it."""
+
+    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """(canonical name, whole tensor), one at a time."""
+        for name in self.tensors.names:
+            tensor = self.tensors.read(name)
+            yield name, tensor.to(dtype or tensor.dtype)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(torch.Size(self.tensors.describe(name)[0]).numel() for name in self.tensors.names)
+
+
+@contextmanager
+def open_source(path: str | Path) -> Iterator[ModelSource]:
+    """Open the model in `path`. Raises UserError for what is none or cannot be read, before any tensor is."""
+    path = Path(path)
+    with ExitStack() as stack:
+        if path.suffix == ".gguf" or (path.is_file() and path.open("rb").read(4) == b"GGUF"):
+            yield _gguf(path, stack)
+        elif run := run_folder(path):
+            yield _native(path, run)
+        elif (path / CONFIG).is_file():
+            yield _hugging_face(path, stack)
+        else:
+            what = "it is none of them" if path.exists() else "there is no such file or folder"
+            raise UserError(f"{path}: allowed are a Hugging Face folder (config.json), a run folder (config.yaml), a .gguf file; {what}")
+
+
+class _Stored:
+    def __init__(self, stored: StoredTensors, cfg: ModelConfig):
+        self._stored, self._family = stored, check(stored, cfg)
+        self.names = canonical_names(cfg)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        hf = to_hf(name, self._family)
+        return self._stored.shape(hf), FORMATS[self._stored.dtype(hf)]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._stored.whole(to_hf(name, self._family))
+
+
+def _hugging_face(path: Path, stack: ExitStack) -> ModelSource:
+    cfg = model_config(path)
+    return ModelSource(path, "hf", cfg, _Stored(stack.enter_context(StoredTensors(path)), cfg), path)
+
+
+class _Checkpoint:
+    def __init__(self, path: Path, metadata: Metadata):
+        self._path, self._metadata = path, metadata
+        self.names = [name.removesuffix(".weight") for name in metadata.state_dict_metadata if name.endswith(".weight")]
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        entry = self._metadata.state_dict_metadata[f"{name}.weight"]
+        return tuple(entry.size), entry.properties.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        shape, dtype = self.describe(name)
+        state = {f"{name}.weight": torch.empty(shape, dtype=dtype)}
+        checkpoint_state.read(self._path, state, self._metadata)
+        return state[f"{name}.weight"]
+
+
+def _native(path: Path, run: Path) -> ModelSource:
+    found = Checkpointer(run, CheckpointConfig(), writable=False).find("auto" if run.samefile(path) else str(path))
+    if found is None:
+        raise UserError(f"{path} has no complete checkpoint")
+    cfg = ModelConfig.model_validate(pretrained_values(found))
+    tokenizer = pretrained_tokenizer(path)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    companions = None if loaded is None else loaded.path.parent
+    return ModelSource(path, "native", cfg, _Checkpoint(found, checkpoint_state.read_metadata(found)), companions, loaded)
+
+
+class _Held:
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        self._weights, self.names = weights, list(weights)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return tuple(self._weights[name].shape), self._weights[name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._weights[name]
+
+
+def _gguf(path: Path, stack: ExitStack) -> ModelSource:
+    model, companions = read_gguf(path), None
+    if model.tokenizer is not None:
+        companions = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model.tokenizer.save_pretrained(companions)
+        ids = {f"{name}_token_id": getattr(model.reference.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+        write_generation(companions, ids)
+    return ModelSource(path, "gguf", model.cfg, _Held(model.weights), companions, reference=model.reference)
+
+
+def copy_tokenizer(source: ModelSource, folder: Path) -> None:
+    """Copy tokenizer and companions into `folder`, token ids included."""
+    if source.tokenizer is not None:
+        source.tokenizer.copy_to(folder)
+    if source.companions is not None:
+        copy_companions(source.companions, folder)
+        write_generation(folder, token_ids(source.companions))
