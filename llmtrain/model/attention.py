@@ -27,6 +27,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None, mask, cache: LayerCache | None = None) -> Tensor:
         """x [B,S,D]; rope is (cos, sin) [B or 1,1,S,d], None without rotation; mask is a Mask."""
+        return self.output(self.attend(*self.project(x, rope=rope), mask=mask, cache=cache))
+
+    def project(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,S,D] -> rotated q [B,H,S,d] and k [B,K,S,d], and v [B,K,S,d]."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B,S,H or K,d]
         if self.q_norm is not None:
@@ -34,6 +38,13 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H or K,S,d]
         if rope is not None:
             q, k = self.ops.rope(q, *rope), self.ops.rope(k, *rope)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask, cache: LayerCache | None = None) -> Tensor:
+        """The attention op on what `project` gave, with the keys and values of `cache` before its own: [B,H,S,d]."""
         attend = self.ops.attention if cache is None else partial(cache.attend, ops=self.ops)
-        out = attend(q, k, v, mask=mask)  # [B,H,S,d]
+        return attend(q, k, v, mask=mask)
+
+    def output(self, out: Tensor) -> Tensor:
+        """[B,H,S,d] -> [B,S,D]."""
         return self.out_proj(out.transpose(1, 2).flatten(2))

@@ -13,8 +13,8 @@ class Block(nn.Module):
     """Attention and feed-forward branches, each added to the residual stream [B,S,D].
 
     pre: h + F(norm(h)); sandwich: h + norm(F(norm(h))), the post norm standing on the branch before the residual add
-    (Pangu Ultra, arXiv 2504.07866). `attend` and `feed_forward` are separate so that a schedule can interleave two
-    micro-batches.
+    (Pangu Ultra, arXiv 2504.07866). What comes before and after the attention op are methods of their own: torch.compile
+    takes them whole, and a schedule can interleave two micro-batches.
     """
 
     def __init__(self, cfg: ModelConfig, *, ops):
@@ -27,10 +27,14 @@ class Block(nn.Module):
         self.ffn = build_ffn(cfg, ops=ops)
         self.post_ffn_norm = build_norm(cfg.norm, cfg.hidden, ops=ops) if sandwich else None
 
-    def attend(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None, mask, cache: LayerCache | None = None) -> Tensor:
-        """x [B,S,D] plus its attention branch."""
-        branch = self.attention(self.attention_norm(x), rope=rope, mask=mask, cache=cache)
-        return x + (branch if self.post_attention_norm is None else self.post_attention_norm(branch))
+    def before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,S,D] -> q [B,H,S,d], k and v [B,K,S,d]."""
+        return self.attention.project(self.attention_norm(x), rope=rope)
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [B,S,D] plus its attention branch, of which `attended` [B,H,S,d] is the op's output, plus the feed-forward branch."""
+        branch = self.attention.output(attended)
+        return self.feed_forward(x + (branch if self.post_attention_norm is None else self.post_attention_norm(branch)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x [B,S,D] plus its feed-forward branch."""
@@ -39,4 +43,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None, mask, cache: LayerCache | None = None) -> Tensor:
         """[B,S,D] -> [B,S,D]; arguments as in Attention.forward."""
-        return self.feed_forward(self.attend(x, rope=rope, mask=mask, cache=cache))
+        attended = self.attention.attend(*self.before_attention(x, rope), mask=mask, cache=cache)
+        return self.after_attention(x, attended)

@@ -125,9 +125,10 @@ def measure_branch_std(model: nn.Module, run: Callable[[], object]) -> tuple[flo
 
     `run` does one forward pass of `model`; on several ranks give all of them the same tokens. Defines Pangu Ultra's c_attn, c_mlp.
     """
+    _require_post_norms(model)
     stds: dict[str, list[Tensor]] = {"attention": [], "ffn": []}
     hooks = [
-        getattr(block, branch).register_forward_hook(lambda _m, _args, out, to=found: to.append(_std(out)))
+        getattr(block, f"post_{branch}_norm").register_forward_pre_hook(lambda _m, args, to=found: to.append(_std(args[0])))
         for block in model.blocks.values()
         for branch, found in stds.items()
     ]
@@ -150,9 +151,13 @@ def _std(out: Tensor) -> Tensor:
 @torch.no_grad()
 def set_post_norm_gamma(model: nn.Module, c_attention: float, c_ffn: float) -> None:
     """Set every post-norm gamma to c / sqrt(L); raises ValueError if the model has no post norms."""
+    _require_post_norms(model)
     root = math.sqrt(len(model.blocks))
     for block in model.blocks.values():
-        if block.post_attention_norm is None:
-            raise ValueError("the model has no post norms; c: auto needs model.norm.placement depth_scaled_sandwich")
         _local(block.post_attention_norm.weight).fill_(c_attention / root)
         _local(block.post_ffn_norm.weight).fill_(c_ffn / root)
+
+
+def _require_post_norms(model: nn.Module) -> None:
+    if any(block.post_attention_norm is None for block in model.blocks.values()):
+        raise ValueError("the model has no post norms; c: auto needs model.norm.placement depth_scaled_sandwich")

@@ -141,7 +141,7 @@ def test_measured_branch_std_gives_unit_gammas(make_model, tokens):
             x = x + block.post_ffn_norm(second)
             stds.append((branch.std().item(), second.std().item()))
     assert (attention, ffn) == pytest.approx(tuple(np.mean(stds, axis=0)), rel=1e-12)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
     set_post_norm_gamma(model, attention, ffn)
     for block in model.blocks.values():
         assert (block.post_attention_norm.weight == attention / math.sqrt(3)).all()
@@ -149,8 +149,11 @@ def test_measured_branch_std_gives_unit_gammas(make_model, tokens):
 
 
 def test_measuring_says_what_it_lacks(make_model):
-    _, model = make_model()
+    _, model = make_model({"norm": {"placement": "depth_scaled_sandwich"}})
     with pytest.raises(ValueError, match="did not forward"):
+        measure_branch_std(model, lambda: None)
+    _, model = make_model()
+    with pytest.raises(ValueError, match=r"depth_scaled_sandwich"):
         measure_branch_std(model, lambda: None)
     with pytest.raises(ValueError, match=r"depth_scaled_sandwich"):
         set_post_norm_gamma(model, 1.0, 1.0)
