@@ -21,19 +21,24 @@ def held(target: Tensor) -> list[list[int] | range]:
 
 
 def _held(target: DTensor, dim: int) -> list[int] | range:
-    if not any(placement.is_shard(dim) for placement in target.placements):
+    if not any(_splits(placement, dim) for placement in target.placements):
         return range(target.shape[dim])
     indices = torch.arange(target.shape[dim])
-    placements = [_along_first(p) if p.is_shard(dim) else Replicate() for p in target.placements]
+    placements = [_along_first(p) if _splits(p, dim) else Replicate() for p in target.placements]
     local = distribute_tensor(indices, target.device_mesh, placements, src_data_rank=None).to_local()
     return local.tolist()
 
 
+def _splits(placement: Placement, dim: int) -> bool:
+    """Whether it shards `dim`; the strided shards of FSDP over tensor parallelism do not count as `is_shard`."""
+    return getattr(placement, "dim", None) == dim
+
+
 def _along_first(placement: Placement) -> Placement:
-    """The same sharding of a vector. Strided shards (FSDP over tensor parallelism) keep their split."""
-    if type(placement) is Shard or placement.dim == 0:
-        return placement if placement.dim == 0 else Shard(0)
-    return type(placement)(0, split_factor=placement.split_factor)
+    """The same sharding of a vector. Strided shards keep their split."""
+    if placement.dim == 0:
+        return placement
+    return Shard(0) if placement.is_shard() else type(placement)(0, split_factor=placement.split_factor)
 
 
 def fill(target: Tensor, box: Tensor, place: list[list[int] | range]) -> None:
