@@ -133,6 +133,10 @@ class ParallelConfig(Section):
     """Free gathered parameters after the forward pass and gather them again for the backward pass."""
     timeout: PositiveFloat = 600.0
     """Seconds a collective may take before the run is stopped."""
+    affinity: Literal["auto", "off"] = "auto"
+    """`auto` binds each rank of a machine to processor cores of its own, near its accelerator; `off` leaves that to the launcher."""
+    threads: PositiveInt | None = None
+    """Threads of an op on the CPU; OMP_NUM_THREADS if set, else the rank's physical cores within the control group's limit."""
 
 
 class NativeEngineConfig(Section):

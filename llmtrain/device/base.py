@@ -117,6 +117,10 @@ class Device(ABC):
         """Keyword arguments for torch.distributed.init_process_group beyond back end and timeout."""
         return {}
 
+    def numa_node(self) -> int | None:
+        """The NUMA node that this device hangs on, or None where that is not known."""
+        return None
+
     @abstractmethod
     def describe(self) -> str:
         """One line for a human."""

@@ -76,9 +76,8 @@ class CpuDevice(Device):
 
     def describe(self) -> str:
         bf16 = "bf16 instructions" if has_bf16_instructions() else "bf16 without instructions of its own (slow)"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         memory = psutil.virtual_memory().total / 2**30
-        return f"cpu {self.name()}, {cores} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB, {bf16}"
+        return f"cpu {self.name()}, {os.cpu_count()} logical cores, {memory:.0f} GiB, {bf16}"
 
 
 @cache

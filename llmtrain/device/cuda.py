@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llmtrain.device.base import Accelerator
+from llmtrain.hardware.cores import pci_node
 
 
 class CudaDevice(Accelerator):
@@ -27,6 +28,11 @@ class CudaDevice(Accelerator):
 
     def unsupported_dtype(self, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(dtype, self.capability())
+
+    def numa_node(self) -> int | None:
+        place = torch.cuda.get_device_properties(self.index)
+        parts = [getattr(place, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+        return None if None in parts else pci_node("{:04x}:{:02x}:{:02x}.0".format(*parts))
 
     def deterministic(self, on: bool) -> None:
         if on:  # cuBLAS asks for it: torch.use_deterministic_algorithms

@@ -16,6 +16,7 @@ from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.ops import Call, Ops, resolve
 from llmtrain.parallel import mesh as world
+from llmtrain.parallel.cores import settled
 from llmtrain.train.console import Console
 from llmtrain.train.run_folder import RunFolder, setup_logging
 
@@ -47,6 +48,8 @@ class Session:
     ops: Ops
     folder: RunFolder
     console: Console
+    cores: str
+    """The processor cores and threads of the ranks, in words."""
 
     def build_engine(self, objective: Callable[[dict], torch.Tensor]) -> Engine:
         """The configured engine around `objective`; raises UserError for what it cannot run."""
@@ -61,6 +64,7 @@ class Session:
         """Say what was found and chosen: device, mesh, kernels with reasons."""
         choices = ", ".join(f"{op} {choice.name}" for op, choice in self.ops.choices.items())
         self.console.message(f"device: {self.device.describe()}")
+        self.console.message(f"cores: {self.cores}")
         self.console.message(f"mesh: {self.mesh.shape.describe()} ({self.mesh.device.collective_backend}), engine {self.cfg.engine.kind}")
         self.console.message(f"kernels: {choices} (`llmtrain kernels` says why)")
 
@@ -83,12 +87,12 @@ def session(cfg: RunConfig) -> Iterator[Session]:
         raise UserError(f"precision.compute {cfg.precision.compute}: {reason}")
     mesh = world.start(cfg.parallel, device=device)
     try:
-        with RunFolder.create(cfg) as folder:
+        with settled(cfg.parallel, mesh=mesh) as cores, RunFolder.create(cfg) as folder:
             setup_logging(folder.path, mesh.rank)
             ops = resolve(cfg.kernels, op_call(cfg, device))
             console = Console(enabled=mesh.rank == 0)
             try:
-                yield Session(cfg, device, mesh, ops, folder, console)
+                yield Session(cfg, device, mesh, ops, folder, console, cores)
             finally:
                 console.close()
     finally:

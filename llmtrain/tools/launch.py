@@ -10,8 +10,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
+from llmtrain.hardware import cores
 from llmtrain.tools.slurm import adopt_rank
 
 STOPPED, GUARD = 2, 3  # exit codes of ranks that end by their own decision
@@ -55,7 +57,7 @@ def run_local(
 ) -> int:
     """Run `python -m llmtrain ARGV` as `ranks` processes on this machine; return the exit code of the run.
 
-    argv: arguments of every rank. ranks: how many. threads: OMP_NUM_THREADS of a rank, by default the cores shared out, unless the
+    argv: arguments of every rank. ranks: how many. threads: OMP_NUM_THREADS of a rank, by default its share of the cores, unless the
     environment has it. grace: seconds that ranks get to save after SIGINT, SIGTERM or SIGHUP (forwarded once, as SIGTERM) before they
     are killed; a second Ctrl-C is forwarded as SIGINT and ends them within seconds. logs: folder for the output of ranks 1 and up,
     `rank-N.txt` (appended to); without it that output is dropped, and its tail is shown when such a rank fails. command: what to run in
@@ -82,11 +84,17 @@ def _rank_env(rank: int, ranks: int, *, port: int, threads: int | None) -> dict[
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     env["MASTER_ADDR"] = "127.0.0.1"
     env.update({name: str(value) for name, value in places.items()})
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
-    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    elif "OMP_NUM_THREADS" not in env:
+        # Before torch and numpy make their pools; the rank itself binds its cores and counts again (parallel/cores.py).
+        env["OMP_NUM_THREADS"] = env[cores.OURS] = str(cores.place(ranks, rank, cores=_machine(), quota=cores.cpu_quota()).threads)
     return env
+
+
+@cache
+def _machine() -> list[cores.Core]:
+    return cores.read_cores(cores.allowed_cpus())
 
 
 class _Group:

@@ -156,7 +156,7 @@ def _configuration(cfg: RunConfig | None) -> str:
         ("attention", f"{model.attention.heads} heads, {model.kv_heads} key/value heads, head width {model.head_dim}"),
         ("feed-forward", f"{model.ffn.hidden} ({model.ffn.activation})"),
         ("norm, initialisation", f"{model.norm.kind} {model.norm.placement}, {model.init.kind}"),
-        ("data", ", ".join(source.path for source in cfg.data.train)),
+        ("data", ", ".join(getattr(source, "path", source.label) for source in cfg.data.train)),
         ("batch", f"{train.global_batch} sequences of {train.seq_len} tokens, {train.micro_batch} at a time on a rank"),
         ("phases", phases),
         ("optimizer", f"{optim.kind}, peak learning rate {cfg.schedule.lr or optim.lr:g}, {cfg.schedule.kind}"),
