@@ -1,4 +1,4 @@
-# make quickstart | make test | make lint. TORCH and TORCH_INDEX choose the build of PyTorch:
+# make quickstart | make test | make lint | make bench-train. TORCH and TORCH_INDEX choose the build of PyTorch:
 #   laptop:  TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   Volta:   TORCH_INDEX=https://download.pytorch.org/whl/cu126   (later CUDA builds dropped it)
 #   Ascend:  TORCH=torch==2.13.0 and then `pip install torch-npu==2.13.0` (the pair must match)
@@ -11,7 +11,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test lint install install-test clean
+.PHONY: quickstart test lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -40,5 +40,18 @@ lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The frameworks that bench/train.py compares with live in an environment of their own.
+.bench-venv/.installed: bench/requirements-peers.txt setup.py
+	$(PYTHON) -m venv .bench-venv
+	.bench-venv/bin/pip install --quiet --upgrade pip setuptools wheel
+	.bench-venv/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
+	.bench-venv/bin/pip install --quiet -r bench/requirements-peers.txt
+	.bench-venv/bin/pip install --quiet -e .
+	touch $@
+
+bench-train: .bench-venv/.installed
+	.bench-venv/bin/python bench/train.py $(ARGS)
+	.bench-venv/bin/python bench/train.py --memory
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .bench-venv build dist *.egg-info
