@@ -22,9 +22,20 @@ OPENPANGU_NOTE = """# A sandwich-norm model under openPangu's names
 openPangu code with `sandwich_norm: true`; without it that code reuses `post_attention_layernorm` as the norm before the feed-forward
 branch.
 
-What loads it: vLLM's `PanguEmbeddedForCausalLM` builds this block when `sandwich_norm` is true; it wants the configuration class of an
-openPangu Embedded release beside the weights. It was read, not run on this folder. transformers has no built-in class and refuses the
-folder. Do NOT load it with the modelling code of openPangu Embedded itself: that is a Llama block, which would take
+What loads it:
+
+- llmtrain: `llmtrain convert FOLDER RUN --to native`, or `model: {pretrained: FOLDER}`.
+- transformers, which has no built-in class and refuses the folder until it is given one:
+
+      from llmtrain.convert.openpangu import register
+      from transformers import AutoModelForCausalLM
+      register()
+      model = AutoModelForCausalLM.from_pretrained("FOLDER")
+
+- vLLM's `PanguEmbeddedForCausalLM` builds this block when `sandwich_norm` is true; it wants the configuration class of an openPangu
+  Embedded release beside the weights. It was read, not run on this folder.
+
+Do NOT load it with the modelling code of openPangu Embedded itself: that is a Llama block, which would take
 `post_attention_layernorm` for the norm before the feed-forward branch, ignore the two others and compute something else.
 `llmtrain.convert.names.from_hf(name, "openpangu")` gives llmtrain's own names back.
 """

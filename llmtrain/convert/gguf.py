@@ -1,6 +1,7 @@
 """A GGUF file, dequantised by transformers, under canonical names."""
 
 import importlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def read_gguf(path: str | Path) -> GGUFModel:
     _require_packages()
     _check_file(path)
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(**where).to_dict()

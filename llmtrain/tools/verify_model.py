@@ -40,11 +40,11 @@ class Comparison:
 
 @torch.no_grad()
 def compare(source: ModelSource, reference: Any) -> Comparison:
-    """Logits of `source`, built and run here, against those of transformers' `reference`: fp32, on the CPU, on fixed random tokens."""
+    """Logits of `source`, built and run here, against those of transformers' fp32 `reference`, on the CPU, on fixed random tokens."""
     length = min(LENGTH, source.cfg.max_seq_len)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(0, source.cfg.vocab_size, (ROWS, length), generator=generator)
-    expected = reference.float().eval()(tokens).logits
+    expected = reference.eval()(tokens).logits
     got = our_model(source)(tokens, mask=Mask())["logits"]
     return Comparison((got - expected).abs().max().item(), expected.abs().max().item())
 
