@@ -32,6 +32,15 @@ def dump_memory_snapshot(module: Any, path: str) -> None:
     module.memory._dump_snapshot(path)
 
 
+def compile_seconds() -> float:
+    """Seconds that this process has spent in torch.compile so far; 0 where this torch does not tell."""
+    import sys
+
+    utils = sys.modules.get("torch._dynamo.utils")
+    times = getattr(utils, "compilation_time_metrics", {})
+    return sum(sum(times.get(key, ())) for key in ("_compile.compile_inner", "backward._backward_impl"))
+
+
 def _call(target: Any, names: tuple[str, ...], value: Any, *, required: bool = True) -> None:
     """Call the first of `names` that `target` has; torch renamed some of them between versions."""
     for name in names:

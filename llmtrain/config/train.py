@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtrain.config import shortforms
 from llmtrain.config.base import Section
@@ -99,12 +99,19 @@ class TrainConfig(Section):
     """Sequences per forward pass on one rank."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: nothing, all but matmuls and attention, or whole blocks recomputed in the backward pass."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks: `auto` where it pays within the run's length. The first step of each sequence length takes longer."""
     loss_chunk: PositiveInt = 1024
     """Tokens whose logits exist at once in the loss; the S x V logits never exist whole."""
     validate_every: NonNegativeInt = 0
     """Steps between validations, 0 for none; a run with validation data always validates at its end."""
     validate_samples: PositiveInt = 64
     """Sequences of each validation source that are evaluated, always the same ones; all of a source that has fewer."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compile_by_flag(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

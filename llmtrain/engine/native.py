@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from llmtrain.compat import compile_seconds
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.device.base import Device
@@ -17,6 +18,7 @@ from llmtrain.errors import UserError
 from llmtrain.model import family
 from llmtrain.model.init import initialise, measure_branch_std, set_post_norm_gamma
 from llmtrain.ops import Mask, Ops
+from llmtrain.parallel.compile import apply_compile, decide, eager
 from llmtrain.parallel.fsdp import apply_fsdp, local_tensor, release_gathered, set_gradient_sync
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.recompute import apply_recompute
@@ -39,6 +41,9 @@ def build(cfg: RunConfig, *, objective: Callable[[dict], torch.Tensor], mesh: Me
     with torch.device("meta"):
         model = family.build(cfg.model, ops, cfg.train.loss_chunk).to(torch_dtype(precision.params))
     names = [name for name, _ in model.named_parameters()]
+    compiled = decide(cfg, kind=device.kind, ranks=mesh.world).on
+    if compiled:
+        apply_compile(model)
     apply_recompute(model, cfg.train.recompute)
     if mesh.world > 1 or precision.compute != precision.params:
         apply_fsdp(model, mesh=mesh.fsdp_mesh(), precision=precision, reshard_after_forward=cfg.parallel.reshard_after_forward)
@@ -93,7 +98,7 @@ class NativeEngine:
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Gradients of the mean over all target tokens of the step; see Engine."""
-        total = self._count_targets(micro_batches)
+        total, compiling = self._count_targets(micro_batches), compile_seconds()
         scale = (self.loss_scale.value if self.loss_scale else 1.0) / total
         losses = []
         for index, batch in enumerate(micro_batches):
@@ -102,16 +107,17 @@ class NativeEngine:
             (loss * scale).backward()
             losses.append(loss.detach())
         self._norm = None
-        return self._result(micro_batches, losses, total)
+        compiling = compile_seconds() - compiling
+        return self._result(micro_batches, losses, total, {"compile_seconds": compiling} if compiling else {})
 
-    def _result(self, micro_batches: Sequence[Batch], losses: list[torch.Tensor], total: int) -> StepResult:
+    def _result(self, micro_batches: Sequence[Batch], losses: list[torch.Tensor], total: int, metrics: dict | None = None) -> StepResult:
         values = torch.stack(losses).double().tolist() if self.device.kind == "cpu" else torch.stack(losses).tolist()
         loss_sum = self.mesh.sum(math.fsum(values))[0]
         bad: tuple[int, ...] = ()
         if not math.isfinite(loss_sum):
             mine = [s for batch, value in zip(micro_batches, values) if not math.isfinite(value) for s in batch.samples]
             bad = tuple(sorted(sample for part in self.mesh.gather(mine) for sample in part))
-        return StepResult(loss_sum=loss_sum, target_count=total, bad_samples=bad)
+        return StepResult(loss_sum=loss_sum, target_count=total, metrics=metrics or {}, bad_samples=bad)
 
     def _gradients(self) -> list[torch.Tensor]:
         return [local_tensor(p.grad) for p in self.parameters.values() if p.grad is not None]
@@ -160,14 +166,16 @@ class NativeEngine:
     def evaluate(self, micro_batches: Sequence[Batch]) -> StepResult:
         """The loss without gradients. Every rank brings the same number of micro-batches."""
         total = self._count_targets(micro_batches)
-        losses = [self._forward(batch)["ce_sum"] for batch in micro_batches]
+        with eager():
+            losses = [self._forward(batch)["ce_sum"] for batch in micro_batches]
         return self._result(micro_batches, losses, total)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, S, V] of tokens [B, S]; every rank gives the same tokens."""
         tokens = tokens.to(self.device.torch_device)
-        return self.model(tokens, positions=positions, mask=Mask())["logits"]
+        with eager():
+            return self.model(tokens, positions=positions, mask=Mask())["logits"]
 
     def begin_phase(self, *, rope_base: float) -> None:
         """Set the phase's RoPE base."""
@@ -180,7 +188,8 @@ class NativeEngine:
         norm = self.cfg.model.norm
         if norm.placement != "depth_scaled_sandwich" or "auto" not in (norm.c_attention, norm.c_ffn):
             return {}
-        attention, ffn = measure_branch_std(self.model, lambda: self._forward(batch))
+        with eager():
+            attention, ffn = measure_branch_std(self.model, lambda: self._forward(batch))
         release_gathered(self.model)
         c_attention = attention if norm.c_attention == "auto" else norm.c_attention
         c_ffn = ffn if norm.c_ffn == "auto" else norm.c_ffn

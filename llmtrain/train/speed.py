@@ -40,6 +40,10 @@ class SpeedMeter:
         self.total_seconds += seconds
         self.total_tokens += tokens
 
+    def exclude(self, seconds: float) -> None:
+        """`seconds` of the step under way were spent on something that happens once."""
+        self._paused += seconds
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time inside belongs to no step."""

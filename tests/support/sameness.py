@@ -94,7 +94,7 @@ def train(changes: dict, *, permute: bool = False, fault: str | None = None) -> 
     if fault:
         FAULTS[fault](engine)
     plan, data = StepPlan.from_config(cfg), Documents(permuted if permute else None)
-    losses, gradients, counts = [], {}, []
+    losses, compiling, gradients, counts = [], [], {}, []
     for index in range(plan.steps):
         step = plan.step(index)
         batches = micro_batches(step, data, rank=mesh.data_rank, ranks=mesh.shape.dp)
@@ -105,7 +105,8 @@ def train(changes: dict, *, permute: bool = False, fault: str | None = None) -> 
         engine.grad_norm()
         engine.apply(lr=step.lr)
         losses.append(result.loss)
-    return {"losses": losses, "gradients": gradients, "counts": mesh.gather(counts)}
+        compiling.append(result.metrics.get("compile_seconds", 0.0))
+    return {"losses": losses, "compile_seconds": compiling, "gradients": gradients, "counts": mesh.gather(counts)}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
