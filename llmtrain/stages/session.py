@@ -16,6 +16,7 @@ from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.ops import Call, Ops, resolve
 from llmtrain.parallel import mesh as world
+from llmtrain.parallel.compile import decide
 from llmtrain.parallel.cores import settled
 from llmtrain.train.console import Console
 from llmtrain.train.run_folder import RunFolder, setup_logging
@@ -67,6 +68,10 @@ class Session:
         self.console.message(f"cores: {self.cores}")
         self.console.message(f"mesh: {self.mesh.shape.describe()} ({self.mesh.device.collective_backend}), engine {self.cfg.engine.kind}")
         self.console.message(f"kernels: {choices} (`llmtrain kernels` says why)")
+        if self.cfg.engine.kind == "native":
+            compiling = decide(self.cfg, kind=self.device.kind, ranks=self.mesh.world)
+            wait = "; the first step of each sequence length takes half a minute or so longer" if compiling.on else ""
+            self.console.message(f"compile: {compiling}{wait}")
 
 
 def ranks_wanted(cfg: RunConfig) -> int:
