@@ -29,11 +29,11 @@ class LoadedConfig:
     origin: dict[str, str]
 
 
-def load(path: str | Path | None, overrides: list[str]) -> LoadedConfig:
+def load(path: str | Path | dict[str, Any] | None, overrides: list[str]) -> LoadedConfig:
     """Read `path` with the files it extends, lay the command line over it, and validate the whole once.
 
     Args:
-        path: a YAML file; None starts from the defaults.
+        path: a YAML file; None starts from the defaults; a dict stands for a file's content, without `extends`.
         overrides: words such as `["--train.steps", "200", "--no-checkpoint.asynchronous"]`.
 
     Raises:
@@ -45,8 +45,10 @@ def load(path: str | Path | None, overrides: list[str]) -> LoadedConfig:
     return validated(words.apply(merged, words.parse(list(overrides))))
 
 
-def read(path: str | Path | None) -> Layer:
+def read(path: str | Path | dict[str, Any] | None) -> Layer:
     """The file `path` with the files it extends, not yet validated; None is an empty one."""
+    if isinstance(path, dict):
+        return expand_short_forms(layers.whole(path, "given"))
     return read_file(Path(path)) if path is not None else Layer({}, {})
 
 

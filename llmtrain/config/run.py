@@ -1,5 +1,6 @@
 """The whole configuration of one run."""
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import NonNegativeInt, field_validator, model_validator
@@ -56,6 +57,19 @@ class RunConfig(Section):
     @classmethod
     def _tokenizer_of_pretrained(cls, values: Any) -> Any:
         return expand_run(values)
+
+    @classmethod
+    def load(cls, source: "str | Path | dict[str, Any] | None" = None, overrides: "dict[str, Any] | list[str]" = ()) -> "RunConfig":
+        """The validated configuration of a YAML file (with its `extends`) or nested dict, with overrides over it.
+
+        source: None starts from the defaults. overrides: `{"train.steps": 200}`, or words of the command line, `["--train.steps", "200"]`.
+        `plugins` are loaded, and what they add is checked too. Raises ConfigError with a message per thing wrong.
+        """
+        from llmtrain.config.load import load
+        from llmtrain.config.yamlfile import inline
+
+        pairs = overrides.items() if isinstance(overrides, dict) else ()
+        return load(source, [f"--{name}={inline(value)}" for name, value in pairs] or list(overrides)).run
 
     @field_validator("engine", mode="before")
     @classmethod
