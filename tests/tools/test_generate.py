@@ -1,6 +1,7 @@
 """Sampling, the cache, and a run folder's model."""
 
-from collections import Counter
+import io
+import json
 
 import pytest
 import torch
@@ -8,8 +9,13 @@ import yaml
 
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.tools import generate
-from llmtrain.tools.generate import cached_logits, load_model, next_token, sample
+from llmtrain.model.decode import CachedRunner
+from llmtrain.model.decode import generate as generate_tokens
+from llmtrain.model.sampling import Sampling
+from llmtrain.ops import Mask
+from llmtrain.tools import generate, open_model
+from llmtrain.tools.generate import sample
+from llmtrain.tools.open_model import load_model
 from llmtrain.train.checkpoint import Checkpointer
 
 torch.set_num_threads(1)
@@ -36,21 +42,6 @@ def test_the_seed_decides():
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_temperature_and_nucleus():
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    draw = lambda top_p, temperature=1.0: Counter(  # noqa: E731
-        next_token(probabilities.log(), temperature=temperature, top_p=top_p, generator=generator) for _ in range(4000)
-    )
-    generator = torch.Generator().manual_seed(0)
-    whole = draw(1.0)
-    assert [whole[i] / 4000 for i in range(4)] == pytest.approx(probabilities.tolist(), abs=0.03)
-    nucleus = draw(0.7)
-    assert set(nucleus) == {0, 1} and nucleus[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
-    assert set(draw(0.01)) == {0}
-    cold = draw(1.0, temperature=0.5)
-    assert cold[0] / 4000 == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=0.03)
-
-
 @pytest.mark.parametrize("options, named", [({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p")])
 def test_bad_options(options, named):
     with pytest.raises(UserError, match=named):
@@ -58,7 +49,7 @@ def test_bad_options(options, named):
 
 
 def test_a_broken_model_and_an_empty_prompt():
-    with pytest.raises(UserError, match="no logit is finite"):
+    with pytest.raises(UserError, match="not finite"):
         sample(fixed([float("nan")] * 3), [1], max_new=1, seed=0)
     with pytest.raises(UserError, match="prompt is empty"):
         sample(successor, [], max_new=1, seed=0)
@@ -101,7 +92,7 @@ def run(tmp_path, monkeypatch):
     checkpointer = Checkpointer(tmp_path, cfg.checkpoint, log=lambda text: None)
     checkpointer.save(3, state, {"step": 3, "position": 24})
     checkpointer.wait()
-    monkeypatch.setattr(generate, "_tokenizer", lambda cfg: Bytes())
+    monkeypatch.setattr(open_model, "run_tokenizer", lambda run, cfg: Bytes())
     return tmp_path, cfg, state
 
 
@@ -121,8 +112,6 @@ def test_the_weights_of_the_checkpoint_are_those_of_the_model(run):
 
 
 def test_the_cache_changes_nothing(run):
-    from llmtrain.ops import Mask
-
     folder, cfg, _ = run
     model = load_model(cfg, checkpoint=folder / "checkpoints/step-00000003")
 
@@ -130,12 +119,14 @@ def test_the_cache_changes_nothing(run):
     def whole(tokens):
         return model(tokens, positions=torch.arange(tokens.shape[1])[None], mask=Mask())["logits"][:, -1]
 
-    cached = cached_logits(model, capacity=40)
-    tokens = torch.tensor([[7, 3, 200, 9, 9, 41]])
-    for length in (3, 4, 6):
-        torch.testing.assert_close(cached(tokens[:, :length]), whole(tokens[:, :length]), rtol=1e-12, atol=1e-12)
-    options = {"max_new": 30, "seed": 3}
-    assert sample(cached_logits(model, capacity=40), [65, 66], **options) == sample(whole, [65, 66], **options)
+    rule = Sampling(max_new=30, seed=3, temperature=0.8, top_p=0.95)
+    cached = generate_tokens(CachedRunner(model, slots=1, capacity=40), [[65, 66]], rule)[0].tokens
+    assert cached == sample(whole, [65, 66], max_new=30, seed=3)
+
+
+def read(capsys) -> tuple[str, str]:
+    captured = capsys.readouterr()
+    return captured.out, captured.err
 
 
 def test_the_verb(run, capsys):
@@ -143,8 +134,84 @@ def test_the_verb(run, capsys):
     texts = []
     for _ in range(2):
         assert generate.main([str(folder), "-p", "ROMEO:", "--max-new", "12", "--seed", "7"]) == 0
-        texts.append(capsys.readouterr().out)
+        out, err = read(capsys)
+        texts.append(out)
     assert texts[0] == texts[1] and texts[0].startswith("ROMEO:") and len(texts[0]) > len("ROMEO:\n")
+    assert "tokens/s" in err and "cache" in err
+
+
+def test_many_prompts_print_in_order_and_each_as_if_alone(run, capsys, tmp_path):
+    folder, _, _ = run
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "To be"}\n\n{"prompt": "O", "seed": 9}\n')
+    words = [str(folder), "--max-new", "10", "--temperature", "0.5"]
+    alone = []
+    for prompt, seed in (("A longer prompt", 1234), ("To be", 1234), ("O", 9)):
+        assert generate.main([*words, "-p", prompt, "--seed", str(seed)]) == 0
+        alone.append(read(capsys)[0])
+    out = tmp_path / "deep" / "out.jsonl"
+    more = ["-p", "A longer prompt", "--prompts", str(tmp_path / "prompts.jsonl"), "--batch", "2", "--out", str(out)]
+    for flag in ("--stream", "--no-stream"):
+        assert generate.main([*words, *more, flag]) == 0
+        assert read(capsys)[0] == "\n".join(alone)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["prompt"] + line["text"] + "\n" for line in lines] == alone
+    assert {line["finished"] for line in lines} <= {"length", "stop"} and [line["seed"] for line in lines] == [1234, 1234, 9]
+
+
+def test_prompts_from_stdin_and_several_samples(run, capsys, monkeypatch):
+    folder, _, _ = run
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert generate.main([str(folder), "--prompts", "-", "--samples", "2", "--max-new", "8", "--seed", "3"]) == 0
+    both = read(capsys)[0]
+    for seed in ("3", "4"):
+        assert generate.main([str(folder), "-p", "two", "--max-new", "8", "--seed", seed]) == 0
+        assert read(capsys)[0] in both
+
+
+def test_stop_strings_of_the_verb(run, capsys):
+    folder, _, _ = run
+    words = [str(folder), "-p", "ROMEO:", "--max-new", "24", "--greedy"]
+    assert generate.main(words) == 0
+    text = read(capsys)[0].removeprefix("ROMEO:").removesuffix("\n")
+    stop = text[5:7]
+    assert generate.main([*words, "--stop", stop, "--stop", "never there"]) == 0
+    assert read(capsys)[0] == "ROMEO:" + text[: text.find(stop)] + "\n"
+    with pytest.raises(UserError, match="--stop ''"):
+        generate.main([*words, "--stop", ""])
+
+
+def test_ctrl_c_keeps_what_there_is(run, capsys, monkeypatch, tmp_path):
+    folder, _, _ = run
+    words = [
+        str(folder),
+        "-p",
+        "ROMEO:",
+        "-p",
+        "JULIET:",
+        "--max-new",
+        "24",
+        "--greedy",
+        "--batch",
+        "1",
+        "--out",
+        str(tmp_path / "o.jsonl"),
+    ]
+    assert generate.main(words) == 0
+    whole = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    calls = iter(range(10))
+    step = CachedRunner.step
+
+    def interrupted(self, rows):
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return step(self, rows)
+
+    monkeypatch.setattr(CachedRunner, "step", interrupted)
+    assert generate.main(words) == 130
+    out, err = read(capsys)
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert lines[0]["tokens"] == whole[0]["tokens"][:7] and lines[0]["finished"] == "interrupted" and lines[1]["tokens"] == []
+    assert "ROMEO:" + lines[0]["text"] in out and "JULIET:" in out and "interrupted: 7 tokens" in err
 
 
 def test_what_a_user_can_get_wrong(run, tmp_path):
@@ -155,6 +222,43 @@ def test_what_a_user_can_get_wrong(run, tmp_path):
         generate.main([str(tmp_path / "nowhere"), "-p", "x"])
     with pytest.raises(UserError, match="checkpoint"):
         generate.main([str(folder), "-p", "x", "--max-new", "5", "--checkpoint", str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="no prompt"):
+        generate.main([str(folder)])
+    with pytest.raises(UserError, match="--batch 0"):
+        generate.main([str(folder), "-p", "x", "--batch", "0"])
+    with pytest.raises(UserError, match="--dtype 'fp8'"):
+        generate.main([str(folder), "-p", "x", "--dtype", "fp8"])
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{"text": "y"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2"):
+        generate.main([str(folder), "--prompts", str(tmp_path / "bad.jsonl")])
     other = cfg.model_copy(update={"model": cfg.model.model_copy(update={"layers": 3})})
     with pytest.raises(UserError, match=r"does not fit.*blocks\.2"):
         load_model(other, checkpoint=folder / "checkpoints/step-00000003")
+
+
+def test_other_formats_than_the_stored_one(run):
+    folder, cfg, state = run
+    opened = open_model.open_model(folder, device="cpu", dtype="fp32")
+    for name, parameter in opened.model.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, state[f"{name}.weight"].float())
+    model, same, tokenizer, *_ = opened
+    assert same == cfg.model and tokenizer.eod_id == 0 and opened.stop_ids == (0,) and model.rope.base == 1e6
+
+
+def test_a_chat_template_is_rendered_in_a_sandbox(tmp_path):
+    from llmtrain.tools.chat import ChatTemplate
+
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    with pytest.raises(UserError, match="no chat template"):
+        ChatTemplate(tmp_path)
+    loop = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    source = "{{ bos_token }}" + loop + "{% if add_generation_prompt %}[me]{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(source)
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert ChatTemplate(tmp_path).render(messages) == "<s>[system] s</s>\n[user] u</s>\n[me]"
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
+    with pytest.raises(UserError, match="no system message"):
+        ChatTemplate(tmp_path).render(messages)
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}")
+    with pytest.raises(UserError, match="unsafe"):
+        ChatTemplate(tmp_path).render(messages)
