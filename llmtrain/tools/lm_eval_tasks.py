@@ -123,7 +123,7 @@ def run(
         if not file.is_file():
             raise UserError(f"{file}: no such task file")
     folders = list(dict.fromkeys(str(folder) for folder in [*([include] if include else []), *(file.parent for file in files)]))
-    manager = TaskManager(include_path=folders or None)
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(tasks))  # lm-eval's own take a while to index
     names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
