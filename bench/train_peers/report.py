@@ -43,9 +43,9 @@ def speed_table(result: Class, shape: Shape) -> str:
     us = result.timings.get("us")
     lines = [
         f"\n## {result.dtype}, {result.mode}\n",
-        "| contender | tokens/s | ms a step, median (min-max) | GFLOP/s | share of GEMM | first step | loss after it, after all "
-        "| llmtrain is, by medians | by rounds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| contender | tokens/s | ms a step, median (min-max) | GFLOP/s | share of GEMM | page faults a step | first step "
+        "| loss after it, after all | llmtrain is, by medians | by rounds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     gemm, best = statistics.median(result.gemm), max(result.gemm)
     for timing in result.timings.values():
@@ -55,9 +55,9 @@ def speed_table(result: Class, shape: Shape) -> str:
         lines.append(
             f"| {_name(timing.name)} | {shape.tokens / timing.median:,.0f} | {timing.median * 1e3:,.0f} "
             f"({min(timing.rounds) * 1e3:,.0f}-{max(timing.rounds) * 1e3:,.0f}) | {rate:.0f} | {rate / gemm:.0%} ({rate / best:.0%}) "
-            f"| {timing.first:.1f} s | {timing.losses[0]:.3f}, {timing.losses[-1]:.3f} | {ratio} |"
+            f"| {timing.faults:,.0f} | {timing.first:.1f} s | {timing.losses[0]:.3f}, {timing.losses[-1]:.3f} | {ratio} |"
         )
-    lines += [f"| {_name(name)} | failed: {why} | | | | | | | |" for name, why in result.failed.items()]
+    lines += [f"| {_name(name)} | failed: {why} | | | | | | | | |" for name, why in result.failed.items()]
     steps = max((len(timing.losses) for timing in result.timings.values()), default=0)
     idle = max((timing.idle for timing in result.timings.values()), default=0.0)
     lines.append(

@@ -26,7 +26,7 @@ def test_speed_tables(tmp_path):
     done = bench("--rounds", "2", "--mode", "eager", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "## fp32, eager" in out.read_text() and "## bf16, eager" in out.read_text()
-    for _, tokens, _, _, share, _, losses, *_ in rows(out):
+    for _, tokens, _, _, share, _, _, losses, *_ in rows(out):
         first, last = map(float, losses.split(","))
         assert 4.0 < first < 4.4 and last < first  # ln 64 is 4.16
         assert float(tokens.replace(",", "")) > 0 and share.endswith("%)")
