@@ -155,14 +155,18 @@ def _run_values(run: Path, path: Path) -> dict[str, Any]:
 
 
 def _trained_base(values: dict[str, Any], checkpoint: Path) -> float | None:
-    from llmtrain.config.run import RunConfig
+    from llmtrain.config.fields import root
     from llmtrain.layout.steps import StepPlan
+    from llmtrain.plugins import load_plugins
 
     try:
         step = json.loads((checkpoint / "meta.json").read_bytes())["step"]
     except (OSError, ValueError, KeyError):
         return None  # loading the weights says what is wrong with the checkpoint
-    return StepPlan.from_config(RunConfig.model_validate(values)).step(step - 1).rope_base if step else None
+    if not step:
+        return None
+    load_plugins(values.get("plugins") or [])
+    return StepPlan.from_config(root().model_validate(values)).step(step - 1).rope_base
 
 
 def _holding_tokenizer(folder: Path) -> str | None:

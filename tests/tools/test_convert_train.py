@@ -136,6 +136,15 @@ def test_what_a_trained_model_gives_back(place, straight):
     assert 0 < max(moved) < 0.01
 
 
+def test_the_rope_base_is_that_of_the_phase_a_checkpoint_ends_in(place):
+    phases = "[{steps: 1}, {steps: 1, rope_base: 5.0e4}]"
+    words = ["--train.steps", "null", "--train.phases", phases, "--checkpoint.every", "1", "--checkpoint.export", "none"]
+    run, _ = place.train("phases", "--model.pretrained", "hf", *words)
+    for path, base in ((run, 5e4), (run / "checkpoints/step-00000001", 1e4)):
+        assert convert([str(path), str(place.folder / "out"), "--to", "hf", "--force"]) == 0
+        assert json.loads((place.folder / "out/config.json").read_text())["rope_theta"] == base
+
+
 def test_dry_run(place):
     _, out = place.train("dry", "--model.pretrained", "hf", "--dry-run")
     assert "built on meta: 21,728 parameters" in out
