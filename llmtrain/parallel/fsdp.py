@@ -14,8 +14,10 @@ def apply_fsdp(model: nn.Module, *, mesh: DeviceMesh, precision: PrecisionConfig
     """Shard every block and then the rest of `model` over `mesh`, in place.
 
     Gradients come out as plain sums over ranks, since the loss is already divided by the target count of the whole step. The last
-    block and the root stay gathered between forward and backward: they are needed again at once.
+    block and the root stay gathered between forward and backward: they are needed again at once. So does everything on one rank, where
+    gathering is but a cast.
     """
+    reshard_after_forward = reshard_after_forward and mesh.size() > 1
     compute, params = torch_dtype(precision.compute), torch_dtype(precision.params)
     policy = MixedPrecisionPolicy(param_dtype=None if compute == params else compute, reduce_dtype=torch_dtype(precision.reduce))
     blocks = list(model.blocks.values())
