@@ -27,17 +27,23 @@ def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @register("rms_norm", "closed_form", devices=("cpu",), speed=2)
 def rms_norm_closed_form(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The reference with its gradient in closed form: half the time on the CPU, where PyTorch has no fused RMSNorm, and only x is kept."""
-    return _RmsNorm.apply(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _scaled(x, weight, eps)[0]
+
+
+def _scaled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / rms [..,1]."""
+    high = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(high, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..,1]
+    return (high * scale).mul_(weight.to(high.dtype)).to(x.dtype), scale
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        high = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(high, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..,1]
+        out, scale = _scaled(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (high * scale).mul_(weight.to(high.dtype)).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable

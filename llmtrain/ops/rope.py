@@ -28,18 +28,22 @@ def _supports_halves(call: Call) -> str | None:
 @register("rope", "halves", speed=1, supports=_supports_halves)
 def rope_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same without the rotated copy of x, keeping only cos and sin for the backward pass; cos and sin get no gradient."""
-    return _Rope.apply(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if torch.is_grad_enabled() else _rotate(x, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out.to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        out = x * cos
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out.to(x.dtype)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     @once_differentiable
