@@ -25,6 +25,8 @@ def load_pretrained(s: Session, engine: Engine) -> None:
     model, started = s.cfg.model, time.perf_counter()
     if problems := conflicts(model):
         raise UserError("; ".join(f"model.{problem}" for problem in problems))
+    if s.mesh.rank == 0:
+        s.console.message(f"reading the weights of {model.pretrained}")
     state = engine.state()
     if run := run_folder(model.pretrained):
         _load_native(model.pretrained, run, state)

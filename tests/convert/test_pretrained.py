@@ -65,8 +65,8 @@ def test_a_rank_reads_its_own_part(loaded):
         assert read["model.embed_tokens.weight"] in (49 * 32, 48 * 32) and read["model.layers.0.self_attn.q_proj.weight"] == 32 * 32
     assert dict(loaded["hf"]["reads"][0])["model.embed_tokens.weight"] == 97 * 32
     assert loaded["native shard"]["reads"] == [[], []]
-    [said] = loaded["hf shard"]["said"]
-    assert said.startswith("weights: ") and said.endswith(" s")
+    begun, done = loaded["hf shard"]["said"]
+    assert begun.startswith("reading the weights of ") and done.startswith("weights: ") and done.endswith(" s")
 
 
 def test_every_placement(place, tmp_path):

@@ -39,7 +39,7 @@ def load(pretrained: str, parallel: dict, **model) -> dict:
     """Weights of an engine that was started from `pretrained` on this world, its logits, and the elements that each rank read."""
     torch.set_num_threads(1)
     reads = watch_reads()
-    cfg = RunConfig.model_validate({"model": {"pretrained": pretrained, **model}, "parallel": parallel})
+    cfg = RunConfig.model_validate({"model": {"pretrained": pretrained, **model}, "parallel": parallel, "train": {"steps": 1}})
     device = select("cpu")
     mesh = world.start(cfg.parallel, device=device)
     shape = cfg.model
