@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak memory at vocabularies of 32,000 and 153,376 instead of speed")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes instead")
     parser.add_argument("--rows", type=int, default=25, help="ops in the profile (25)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="option of llmtrain, e.g. train.loss_chunk=256")
     parser.add_argument("--compile-cache", type=Path, help="keep compiled code here; by default every start compiles anew")
     parser.add_argument("--out", type=Path, help="markdown file; bench/results/train-cpu.md or train-memory-cpu.md")
     for field in fields(Shape):
@@ -60,6 +61,10 @@ def arguments() -> argparse.Namespace:
     args.names = chosen(args.only or (everything if args.memory else "us" if args.profile else RACE), CONTENDERS, "--only")
     args.dtypes = chosen(args.dtype, ("fp32", "bf16"), "--dtype")
     args.modes = chosen(args.mode or ("eager" if args.memory or args.profile else "eager,compile"), ("eager", "compile"), "--mode")
+    wrong = [text for text in args.set if "=" not in text]
+    if wrong:
+        raise SystemExit(f"--set {wrong[0]}: give KEY=VALUE, e.g. train.loss_chunk=256")
+    args.overrides = [f"--{text}" for text in args.set]
     args.shape = replace(Shape(), **{f.name: getattr(args, f.name) for f in fields(Shape) if getattr(args, f.name) is not None})
     return args
 
@@ -102,7 +107,7 @@ def run_memory(args: argparse.Namespace) -> int:
     for index, (shape, dtype, mode, name) in enumerate(jobs):
         label = f"{name} {dtype} {mode}, vocabulary {shape.vocab:,}"
         try:
-            results.append(memory.measure(name, shape, dtype=dtype, compiled=mode == "compile", threads=args.threads))
+            results.append(memory.measure(name, shape, dtype=dtype, compiled=mode == "compile", options=args))
             print(f"{index + 1}/{len(jobs)} {label}: {results[-1].above / 2**20:,.0f} MiB above imports and state", flush=True)
         except WorkerError as error:
             failed[label] = error.reason
@@ -118,7 +123,7 @@ def run_profile(args: argparse.Namespace) -> int:
     for name in args.names:
         for dtype, mode in ((dtype, mode) for dtype in args.dtypes for mode in args.modes):
             with Process(name, threads=args.threads, compile_cache=args.compile_cache, profiled=True) as worker:
-                worker.ask("build", name=name, shape=asdict(args.shape), dtype=dtype, compiled=mode == "compile")
+                worker.ask("build", name=name, shape=asdict(args.shape), dtype=dtype, compiled=mode == "compile", overrides=args.overrides)
                 worker.ask("steps", count=1 + args.warmup)
                 plain = min(worker.ask("steps", count=args.steps)["seconds"])
                 found, gemm = worker.ask("profile", rows=args.rows), worker.ask("gemm")[dtype]

@@ -25,10 +25,13 @@ class Memory:
         return self.peak - self.imported - self.state
 
 
-def measure(name: str, shape: Shape, *, dtype: str, compiled: bool, threads: int) -> Memory:
-    """Build `name`, take STEPS steps, look at the peak. Raises WorkerError, also when the process was killed for its memory."""
-    with Process(name, threads=threads) as worker:
-        built = worker.ask("build", name=name, shape=asdict(shape), dtype=dtype, compiled=compiled)
+def measure(name: str, shape: Shape, *, dtype: str, compiled: bool, options) -> Memory:
+    """Build `name`, take STEPS steps, look at the peak. `options` has threads and overrides.
+
+    Raises WorkerError, also when the process was killed for its memory.
+    """
+    with Process(name, threads=options.threads) as worker:
+        built = worker.ask("build", name=name, shape=asdict(shape), dtype=dtype, compiled=compiled, overrides=options.overrides)
         worker.ask("steps", count=STEPS)
         peak = worker.ask("peak")["peak"]
     return Memory(name, shape.vocab, dtype, peak=peak, imported=built["imported"], state=shape.state_bytes)

@@ -38,7 +38,10 @@ class Class:
 
 
 def measure(names: list[str], shape: Shape, *, dtype: str, mode: str, options) -> Class:
-    """Run the class. `options` has rounds, steps, warmup, threads and compile_cache; a contender that fails is reported, not timed."""
+    """Run the class. `options` has rounds, steps, warmup, threads, overrides and compile_cache.
+
+    A contender that fails is reported, not timed.
+    """
     with ExitStack() as stack:
         probe = stack.enter_context(Process("gemm", threads=options.threads))
         workers: dict[str, Process] = {}
@@ -46,7 +49,7 @@ def measure(names: list[str], shape: Shape, *, dtype: str, mode: str, options) -
         for name in names:
             worker = stack.enter_context(Process(name, threads=options.threads, compile_cache=options.compile_cache))
             try:
-                done.timings[name] = _start(worker, shape, dtype=dtype, mode=mode, warmup=options.warmup)
+                done.timings[name] = _start(worker, shape, dtype=dtype, mode=mode, options=options)
                 workers[name] = worker
             except WorkerError as error:
                 done.failed[name] = error.reason
@@ -55,11 +58,14 @@ def measure(names: list[str], shape: Shape, *, dtype: str, mode: str, options) -
     return done
 
 
-def _start(worker: Process, shape: Shape, *, dtype: str, mode: str, warmup: int) -> Timing:
-    worker.ask("build", name=worker.name, shape=asdict(shape), dtype=dtype, compiled=mode == "compile")
+def _start(worker: Process, shape: Shape, *, dtype: str, mode: str, options) -> Timing:
+    worker.ask("build", name=worker.name, shape=asdict(shape), dtype=dtype, compiled=mode == "compile", overrides=options.overrides)
     first = worker.ask("steps", count=1)
-    warm = worker.ask("steps", count=warmup)
-    print(f"  {worker.name}: first step {first['seconds'][0]:.1f} s, {warmup} more to warm up: {warm['seconds'][-1]:.2f} s", flush=True)
+    warm = worker.ask("steps", count=options.warmup)
+    print(
+        f"  {worker.name}: first step {first['seconds'][0]:.1f} s, {options.warmup} more to warm up: {warm['seconds'][-1]:.2f} s",
+        flush=True,
+    )
     return Timing(worker.name, first=first["seconds"][0], losses=first["losses"] + warm["losses"])
 
 

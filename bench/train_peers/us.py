@@ -33,43 +33,48 @@ class Ours:
         self.world.close()
 
 
-def config(shape: s.Shape, *, dtype: str, compiled: bool):
-    """The run configuration of `shape`."""
-    from llmtrain.config.run import RunConfig
-    from llmtrain.config.train import TrainConfig
+def config(shape: s.Shape, *, dtype: str, compiled: bool, overrides: list[str]):
+    """The run configuration of `shape`, with the words of a command line laid over it."""
+    from llmtrain.config.load import load
 
-    train = {"seq_len": shape.seq, "global_batch": shape.batch, "micro_batch": shape.batch}
-    if "compile" in TrainConfig.model_fields:
-        train["compile"] = "on" if compiled else "off"
-    elif compiled:
-        raise SystemExit("this version of llmtrain has no option train.compile: leave `us` or mode compile out")
-    return RunConfig.model_validate(
-        {
-            "device": "cpu",
-            "model": {
-                "vocab_size": shape.vocab,
-                "layers": shape.layers,
-                "hidden": shape.dim,
-                "attention": {"heads": shape.heads},
-                "ffn": {"hidden": shape.ffn},
-                "max_seq_len": shape.seq,
-            },
-            "data": {"document_mask": False},
-            "optim": {"lr": s.LR, "betas": s.BETAS, "eps": s.EPS, "weight_decay": s.WEIGHT_DECAY, "max_grad_norm": s.CLIP, "no_decay": []},
-            "train": train,
-            "precision": dtype,
-        }
-    )
+    given = {
+        "device": "cpu",
+        "model": {
+            "vocab_size": shape.vocab,
+            "layers": shape.layers,
+            "hidden": shape.dim,
+            "attention": {"heads": shape.heads},
+            "ffn": {"hidden": shape.ffn},
+            "max_seq_len": shape.seq,
+        },
+        "data": {"document_mask": False},
+        "optim": {
+            "lr": s.LR,
+            "betas": list(s.BETAS),
+            "eps": s.EPS,
+            "weight_decay": s.WEIGHT_DECAY,
+            "no_decay": [],
+            "max_grad_norm": s.CLIP,
+        },
+        "train": {
+            "seq_len": shape.seq,
+            "global_batch": shape.batch,
+            "micro_batch": shape.batch,
+            "compile": "on" if compiled else "off",
+        },
+        "precision": dtype,
+    }
+    return load(given, overrides).run
 
 
-def build(shape: s.Shape, *, dtype: str, compiled: bool) -> Ours:
+def build(shape: s.Shape, *, dtype: str, compiled: bool, overrides: list[str]) -> Ours:
     """The engine of a session, as the stages build it; its run folder is in the working directory."""
     from llmtrain.data.batch import Batch
     from llmtrain.model.objective import cross_entropy
     from llmtrain.stages.session import session
 
-    world = ExitStack()
-    engine = world.enter_context(session(config(shape, dtype=dtype, compiled=compiled))).build_engine(cross_entropy)
+    cfg, world = config(shape, dtype=dtype, compiled=compiled, overrides=overrides), ExitStack()
+    engine = world.enter_context(session(cfg)).build_engine(cross_entropy)
     positions = torch.arange(shape.seq).expand(shape.batch, -1).contiguous()
     samples = tuple(range(shape.batch))
     made = [

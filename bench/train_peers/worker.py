@@ -31,8 +31,11 @@ class Worker:
     def __init__(self):
         self.contender, self.taken = None, 0
 
-    def build(self, *, name: str, shape: dict, dtype: str, compiled: bool) -> dict:
-        """Import, then build the model and optimizer; returns the resident set after the imports, and the parameters."""
+    def build(self, *, name: str, shape: dict, dtype: str, compiled: bool, overrides: list[str]) -> dict:
+        """Import, then build the model and optimizer; returns the resident set after the imports, and the parameters.
+
+        `overrides` are words of a command line, for llmtrain alone.
+        """
         from train_peers import peers, us
 
         for module in IMPORTS[name.split("-")[0]]:
@@ -40,7 +43,7 @@ class Worker:
         imported = _status("VmRSS")
         made = Shape(**shape)
         if name == "us":
-            self.contender = us.build(made, dtype=dtype, compiled=compiled)
+            self.contender = us.build(made, dtype=dtype, compiled=compiled, overrides=overrides)
         else:
             self.contender = peers.build(name, made, dtype=dtype, compiled=compiled)
         if self.contender.parameters != made.parameters:
