@@ -215,13 +215,13 @@ class Decoder:
             slot += len(group)
 
     def _group(self, slot: int) -> list[Row]:
-        """The row of `slot` and new ones that follow it, as long as padding does not double the work."""
+        """The row of `slot` and, if it is new, those that follow it (new ones stand last), as long as padding does not double the work."""
         group, real = [self.live[slot]], len(self.live[slot].tokens)
         longest = real
         for row in self.live[slot + 1 :] if not group[0].fed else ():
             longest, real = max(longest, len(row.tokens)), real + len(row.tokens)
             padded = longest * (len(group) + 1)
-            if row.fed or padded > min(2 * real, FILL_TOKENS):
+            if padded > min(2 * real, FILL_TOKENS):
                 break
             group.append(row)
         return group

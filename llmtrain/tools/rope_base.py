@@ -61,10 +61,13 @@ def compare(
 
 
 def choose(candidates: Sequence[Candidate], by: str = "needle") -> Candidate:
-    """The best: `needle`: most needles found, of equals the lowest answer loss; `loss`: the lowest loss of plain text."""
+    """The best: `needle`: most needles found, of equals the lowest loss of plain text; `loss`: that alone.
+
+    The answer's loss does not decide: below the length a model was trained at it falls with smaller bases, which sharpen what is near.
+    """
     if by == "loss":
         return min(candidates, key=lambda c: c.text_loss)
-    return min(candidates, key=lambda c: (-c.chosen, c.answer_loss))
+    return min(candidates, key=lambda c: (-c.chosen, c.text_loss))
 
 
 def default_bases(opened: OpenModel) -> list[float]:

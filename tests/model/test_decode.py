@@ -1,5 +1,6 @@
 """Generation with slots of unequal length against whole passes over each sequence alone."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -82,16 +83,21 @@ def test_text_put_in_amid_generation(make_model, prompts):
     """The neighbours go on as if nothing had happened; the row goes on from the inserted tokens."""
     _, model = make_model()
     greedy = Sampling(max_new=20, temperature=0)
-    decoder = Decoder(CachedRunner(model, slots=4, capacity=64))
+    decoder = Decoder(CachedRunner(model, slots=4, capacity=64), logprobs=True)
     rows = [decoder.add(prompt, greedy) for prompt in prompts[:4]]
     for _ in range(3):
         decoder.step()
     decoder.insert(rows[1], [7, 8, 9, 10])
-    begin = list(rows[1].tokens)
+    decoder.insert(rows[3], [11])
+    begins = {1: list(rows[1].tokens), 3: list(rows[3].tokens)}
     decoder.run()
-    rest = Sampling(max_new=20 - 7, temperature=0)
-    assert rows[1].tokens == alone(model, begin, rest).tokens and len(rows[1].new) == 20
-    for index in (0, 2, 3):
+    for index, begin in begins.items():
+        inserted = len(begin) - 3 - len(prompts[index])
+        expected = alone(model, begin, Sampling(max_new=20 - 3 - inserted, temperature=0))
+        assert rows[index].tokens == expected.tokens and len(rows[index].new) == 20
+        assert rows[index].logprobs[3 + inserted :] == pytest.approx(expected.logprobs, abs=1e-10)
+        assert all(math.isnan(x) for x in rows[index].logprobs[3 : 3 + inserted])
+    for index in (0, 2):
         assert rows[index].tokens == alone(model, prompts[index], greedy).tokens
     with pytest.raises(ValueError, match="has ended"):
         decoder.insert(rows[1], [1])

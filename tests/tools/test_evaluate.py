@@ -199,7 +199,7 @@ def test_the_base_that_reaches_far_enough_is_chosen(tmp_path, capsys, monkeypatc
 
 
 def test_choosing_the_base():
-    candidates = [rope_base.Candidate(*values) for values in ((1.0, 0.5, 2.0, 3.0), (2.0, 1.0, 1.0, 4.0), (3.0, 1.0, 0.5, 5.0))]
+    candidates = [rope_base.Candidate(*values) for values in ((1.0, 0.5, 2.0, 3.0), (2.0, 1.0, 0.5, 5.0), (3.0, 1.0, 1.0, 4.0))]
     assert rope_base.choose(candidates).base == 3.0
     assert rope_base.choose(candidates, "loss").base == 1.0
 
