@@ -23,7 +23,7 @@ class RunConfig(Section):
     seed: NonNegativeInt = 1234
     """Initial weights, shuffling and sampling follow from it."""
     plugins: list[str] = []
-    """Modules imported at start that register model families, ops, stages or data sets."""
+    """Modules imported first that add model families, ops, data sources, stages or options (docs/plugins.md)."""
     device: str = "auto"
     """`auto` takes npu or cuda when one is usable, else cpu; or name one."""
     model: ModelConfig = ModelConfig()

@@ -55,6 +55,7 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
     from llmtrain.model.objective import cross_entropy
     from llmtrain.stages.pretrained import loader
     from llmtrain.stages.session import session
+    from llmtrain.stages.source_check import check_sources
     from llmtrain.train.checkpoint import Checkpointer
     from llmtrain.train.guards import GuardStop
     from llmtrain.train.loop import Loop
@@ -68,6 +69,8 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
         if s.mesh.rank == 0:
             s.introduce()
         stop.folder = s.folder.path
+        data = inputs(cfg)
+        check_sources(cfg, lambda: data.dataset_of(plan.phases[0]), mesh=s.mesh, folder=s.folder.path)
         engine = s.build_engine(objective or cross_entropy)
         sinks = []
         if s.mesh.rank == 0:
@@ -77,7 +80,7 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
             cfg,
             engine=engine,
             plan=plan,
-            inputs=inputs(cfg),
+            inputs=data,
             mesh=s.mesh,
             device=s.device,
             folder=s.folder,
