@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
 
+# Batched products are attention's: nothing else in these models has them.
 KINDS = {
     "GEMM": (
         "aten::mm",
@@ -17,7 +18,7 @@ KINDS = {
         "linear_pointwise",
         "packed_gemm",
     ),
-    "attention": ("flash_attention",),
+    "attention": ("flash_attention", "bmm", "_Tiled"),
     "optimizer": ("fused_adam", "Optimizer"),
     "compiled": ("cpp_fused", "cpp_", "Compiled", "CompiledFunction"),
     "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous", "aten::fill_", "aten::zero_"),
