@@ -10,7 +10,6 @@ KINDS = {
     "GEMM": (
         "aten::mm",
         "aten::addmm",
-        "aten::bmm",
         "aten::_grouped_mm",
         "mkldnn",
         "mkl_linear",
