@@ -80,9 +80,18 @@ def needle(
     return results
 
 
-@torch.inference_mode()
 def ask(model, trial: Trial) -> tuple[bool, bool, float]:
     """(the greedy continuation is the answer, the answer is the likeliest, its loss in nats per token)."""
+    scores, greedy = answer_scores(model, trial)
+    return greedy, scores[0] > max(scores[1:]), -scores[0] / len(trial.answer)
+
+
+@torch.inference_mode()
+def answer_scores(model, trial: Trial) -> tuple[list[float], bool]:
+    """log-probabilities in nats of the answer and of each distractor, and whether the greedy continuation is the answer.
+
+    The prompt goes through the model once; each answer continues from its keys and values.
+    """
     device = next(model.parameters()).device
     cache = KVCache(len(trial.prompt) + max(len(trial.answer), *(len(d) for d in trial.distractors)))
 
@@ -98,7 +107,7 @@ def ask(model, trial: Trial) -> tuple[bool, bool, float]:
         scores.append(float(torch.log_softmax(logits, -1).gather(-1, targets[:, None]).sum()))
         if index == 0:
             greedy = bool((logits.argmax(-1) == targets).all())  # each step's likeliest given the right ones before: the greedy path
-    return greedy, scores[0] > max(scores[1:]), -scores[0] / len(trial.answer)
+    return scores, greedy
 
 
 def _trials(

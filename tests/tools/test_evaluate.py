@@ -160,6 +160,7 @@ def test_a_real_models_cached_scores_are_those_of_whole_passes(opened):
     greedy, chosen, loss = needle.ask(opened.model, trial)
     scores = score(opened.model, [(trial.prompt, answer) for answer in [trial.answer, *trial.distractors]])
     assert loss == pytest.approx(-scores[0].logprob / len(trial.answer), rel=1e-6)
+    assert needle.answer_scores(opened.model, trial)[0] == pytest.approx([s.logprob for s in scores], rel=1e-6)
     assert (greedy, chosen) == (scores[0].greedy, scores[0].logprob > max(s.logprob for s in scores[1:]))
 
 
