@@ -46,9 +46,9 @@ smollm2: install
 	test -d $(SMOL)/hf || $(BIN)/llmtrain convert $(GGUF) $(SMOL)/hf --to hf --verify
 	$(BIN)/llmtrain eval $(SMOL)/hf perplexity $(SMOL_TEXTS) --context 512 --tokens 1536
 	$(BIN)/llmtrain data tokenize --input $(SMOL)/texts/comedies --split heading --tokenizer $(SMOL)/hf --out $(SMOL)/comedies --validation 0.05
-	$(BIN)/llmtrain eval $(SMOL)/hf perplexity $(SMOL)/comedies-validation --context 256 --tokens 4096
+	$(BIN)/llmtrain eval $(SMOL)/hf perplexity $(SMOL)/comedies-validation --context 256 --tokens 2048
 	$(BIN)/llmtrain train -c examples/smollm2/train.yaml $(ARGS)
-	$(BIN)/llmtrain eval runs/smollm2 perplexity $(SMOL)/comedies-validation --context 256 --tokens 4096
+	$(BIN)/llmtrain eval runs/smollm2 perplexity $(SMOL)/comedies-validation --context 256 --tokens 2048
 	$(BIN)/llmtrain eval runs/smollm2/hf perplexity $(SMOL_TEXTS) --context 512 --tokens 1536
 	$(BIN)/llmtrain convert runs/smollm2 $(SMOL)/trained --to hf --dtype bf16 --verify --force
 

@@ -113,3 +113,10 @@ def test_without_a_sandwich_it_is_llama_with_biases():
     cfg = ModelConfig.model_validate(model_values(config))
     assert cfg.norm.placement == "pre" and cfg.attention.qkv_bias and cfg.attention.out_bias
     assert not ModelConfig.model_validate(model_values(config | {"bias": False})).attention.qkv_bias
+
+
+def test_convert_verifies_it(exported, tmp_path):
+    pytest.importorskip("transformers", reason="the classes are built on transformers")
+    words = [sys.executable, "-m", "llmtrain", "convert", str(exported[0]), str(tmp_path / "run"), "--to", "native", "--verify"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "verify: logits differ by at most" in done.stdout, done.stderr[-3000:]
