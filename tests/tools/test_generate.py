@@ -168,14 +168,17 @@ def test_prompts_from_stdin_and_several_samples(run, capsys, monkeypatch):
         assert read(capsys)[0] in both
 
 
-def test_stop_strings_of_the_verb(run, capsys):
+def test_stop_strings_of_the_verb(run, capsys, tmp_path):
     folder, _, _ = run
     words = [str(folder), "-p", "ROMEO:", "--max-new", "24", "--greedy"]
     assert generate.main(words) == 0
     text = read(capsys)[0].removeprefix("ROMEO:").removesuffix("\n")
     stop = text[5:7]
-    assert generate.main([*words, "--stop", stop, "--stop", "never there"]) == 0
+    out = tmp_path / "o.jsonl"
+    assert generate.main([*words, "--stop", stop, "--stop", "never there", "--out", str(out)]) == 0
     assert read(capsys)[0] == "ROMEO:" + text[: text.find(stop)] + "\n"
+    line = json.loads(out.read_text())
+    assert line["finished"] == "stop" and len(line["tokens"]) < 24, "nothing is generated beyond the stop string"
     with pytest.raises(UserError, match="--stop ''"):
         generate.main([*words, "--stop", ""])
 
