@@ -35,6 +35,9 @@ class Runner(Protocol):
     def fill(self, rows: Sequence[list[int]], first: int, start: int) -> None:
         """Take in rows[i][start:-1] for slot first + i; the slots hold rows[i][:start] already."""
 
+    def begin(self, rows: Sequence[list[int]]) -> Tensor | None:
+        """Take in rows[i], all new and equally long, for slot i and return the logits [B,V] after them, or None: then `fill` and `step`."""
+
     def step(self, rows: Sequence[list[int]]) -> Tensor:
         """Logits [B,V] after rows[i], which is in slot i but for its last token."""
 
@@ -62,6 +65,15 @@ class CachedRunner:
         self.cache.lengths[first : first + len(rows)] = ends
 
     @torch.inference_mode()
+    def begin(self, rows: Sequence[list[int]]) -> Tensor | None:
+        self.cache.lengths[: len(rows)] = [0] * len(rows)
+        tokens = torch.tensor(rows, device=self._device)
+        positions = torch.arange(tokens.shape[1], device=self._device)[None]
+        logits = self.model(tokens, positions=positions, mask=Mask(), cache=self.cache.fill(0, len(rows)), last=1)["logits"][:, 0]
+        self.cache.lengths[: len(rows)] = map(len, rows)
+        return logits
+
+    @torch.inference_mode()
     def step(self, rows: Sequence[list[int]]) -> Tensor:
         count = len(rows)
         self.cache.lengths[:count] = [len(row) - 1 for row in rows]
@@ -87,6 +99,9 @@ class UncachedRunner:
 
     def fill(self, rows: Sequence[list[int]], first: int, start: int) -> None:
         pass
+
+    def begin(self, rows: Sequence[list[int]]) -> None:
+        return None
 
     def step(self, rows: Sequence[list[int]]) -> Tensor:
         seen = [row[-self.window :] for row in rows]
@@ -171,8 +186,7 @@ class Decoder:
             self.live.append(self.waiting.popleft())
         if not self.live:
             return []
-        self._catch_up()
-        logits = self.runner.step([row.tokens for row in self.live])
+        logits = self._logits([row.tokens for row in self.live])
         tokens = draw(logits, [row.sampler for row in self.live])
         chances = log_probabilities(logits, tokens) if self._logprobs else [None] * len(tokens)
         for row, token, chance in zip(self.live, tokens, chances):
@@ -184,6 +198,15 @@ class Decoder:
         """Step until nothing is left."""
         while self.step():
             pass
+
+    def _logits(self, rows: list[list[int]]) -> Tensor:
+        """Logits [B,V] after every live sequence. Of new ones, all equally long, one pass gives them."""
+        if all(not row.fed and len(row.tokens) == len(rows[0]) for row in self.live) and len(rows) * len(rows[0]) <= FILL_TOKENS:
+            logits = self.runner.begin(rows)
+            if logits is not None:
+                return logits
+        self._catch_up()
+        return self.runner.step(rows)
 
     def _append(self, row: Row, token: int, chance: float | None) -> None:
         if token in row.sampling.stop_ids:

@@ -59,6 +59,19 @@ def test_a_batch_gives_what_each_gives_alone(name, rule, make_model, prompts):
     assert rule != "stops" or (len(ends) > 2), "rows must end at different steps for the test to mean something"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_of_equal_length_begin_in_one_pass(name, make_model, prompts):
+    _, model = make_model(MODELS[name])
+    equal = [prompts[2][i : i + 6] for i in range(3)]
+    runner, passes = CachedRunner(model, slots=3, capacity=42), []
+    model.register_forward_hook(lambda module, args, out: passes.append(args[0].shape))
+    rows = generate(runner, equal, RULES["nucleus"], logprobs=True)
+    assert passes == [(3, 6)] + [(3, 1)] * 11
+    for row, prompt in zip(rows, equal):
+        expected = alone(model, prompt, RULES["nucleus"])
+        assert row.tokens == expected.tokens and row.logprobs == pytest.approx(expected.logprobs, abs=1e-10)
+
+
 def test_right_padding_in_an_uncached_batch_changes_nothing(make_model, prompts):
     _, model = make_model()
 

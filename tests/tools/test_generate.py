@@ -213,8 +213,8 @@ def test_ctrl_c_keeps_what_there_is(run, capsys, monkeypatch, tmp_path):
     assert generate.main(words) == 130
     out, err = read(capsys)
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
-    assert lines[0]["tokens"] == whole[0]["tokens"][:7] and lines[0]["finished"] == "interrupted" and lines[1]["tokens"] == []
-    assert "ROMEO:" + lines[0]["text"] in out and "JULIET:" in out and "interrupted: 7 tokens" in err
+    assert lines[0]["tokens"] == whole[0]["tokens"][:8] and lines[0]["finished"] == "interrupted" and lines[1]["tokens"] == []
+    assert "ROMEO:" + lines[0]["text"] in out and "JULIET:" in out and "interrupted: 8 tokens" in err
 
 
 def test_what_a_user_can_get_wrong(run, tmp_path):
