@@ -35,7 +35,7 @@ def parse_run_arguments(argv: list[str], *, verb: str = "train", description: st
         ConfigError: nothing given, or anything `load` refuses.
     """
     if "-h" in argv or "--help" in argv:
-        load_plugins(plugin_names([word for word in argv if word not in ("-h", "--help")]))
+        load_plugins(plugin_names(argv))
         _print_help(verb, description)
     options, rest = _split(argv)
     if options.config is None and not rest:
@@ -45,7 +45,7 @@ def parse_run_arguments(argv: list[str], *, verb: str = "train", description: st
 
 def plugin_names(argv: list[str]) -> list[str]:
     """`plugins` as the words after a verb give it, in a file or on the command line. Raises ConfigError as `parse_run_arguments`."""
-    options, rest = _split(argv)
+    options, rest = _split([word for word in argv if word not in ("-h", "--help")])
     return named_plugins(read(options.config), rest)
 
 
