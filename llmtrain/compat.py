@@ -32,6 +32,16 @@ def dump_memory_snapshot(module: Any, path: str) -> None:
     module.memory._dump_snapshot(path)
 
 
+def swapped_parameters(module: nn.Module, tensors: dict[str, Any]) -> Any:
+    """Context in which `module` computes with `tensors` in the place of its parameters of these names.
+
+    torch.func.functional_call does the same but calls the module, whose forward may be the caller.
+    """
+    from torch.nn.utils.stateless import _reparametrize_module
+
+    return _reparametrize_module(module, tensors)
+
+
 def compile_seconds() -> float:
     """Seconds that this process has spent in torch.compile so far; 0 where this torch does not tell."""
     import sys

@@ -84,6 +84,14 @@ def mean_keys(model: ModelConfig, seq_len: int) -> float:
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
+def loss_rows(vocab_size: int, loss_chunk: int | None) -> int:
+    """train.loss_chunk; where it is not given a power of two, as few rows hold little memory and many keep the products efficient."""
+    if loss_chunk is not None:
+        return loss_chunk
+    fitting = 2**27 // (4 * vocab_size)
+    return min(1024, max(256, 1 << max(0, fitting.bit_length() - 1)))
+
+
 def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
     """Bytes on one rank by part, in closed form; a lower bound, as the activations inside a block depend on kernels and recomputation.
 
@@ -101,7 +109,7 @@ def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
         "gradients": counts["total"] * BYTES[run.precision.accumulate] / split,
         "optimizer moments": 2 * counts["total"] * BYTES[run.precision.optimizer] / split,
         "gathered layers": 2 * largest * compute / p.tp if shard > 1 else 0.0,
-        "logits of one chunk": 2 * train.loss_chunk * model.vocab_size * 4 / p.tp,
+        "logits of one chunk": 2 * loss_rows(model.vocab_size, train.loss_chunk) * model.vocab_size * 4 / p.tp,
         "block inputs": model.layers / p.pp * train.micro_batch * seq_len / p.cp * model.hidden * compute,
     }
     return parts | {"total without activations inside blocks": sum(parts.values())}

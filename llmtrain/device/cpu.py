@@ -1,6 +1,5 @@
 """The CPU as a device."""
 
-import ctypes
 import os
 import platform
 import time
@@ -13,9 +12,6 @@ import psutil
 import torch
 
 from llmtrain.device.base import Device, Memory
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""From malloc.h."""
 
 
 class CpuDevice(Device):
@@ -36,7 +32,7 @@ class CpuDevice(Device):
         return 1
 
     def set_current(self) -> None:
-        _keep_freed_memory()
+        return None
 
     def name(self) -> str:
         return _model_name()
@@ -82,16 +78,6 @@ class CpuDevice(Device):
         bf16 = "bf16 instructions" if has_bf16_instructions() else "bf16 without instructions of its own (slow)"
         memory = psutil.virtual_memory().total / 2**30
         return f"cpu {self.name()}, {os.cpu_count()} logical cores, {memory:.0f} GiB, {bf16}"
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed tensors for the next ones. By default it gives those above 32 MB back to the kernel, whose pages must then be
-    cleared again in every step. The peak does not grow. Elsewhere nothing is done."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @cache

@@ -18,6 +18,7 @@ from llmtrain.errors import UserError
 from llmtrain.model import family
 from llmtrain.model.init import initialise, measure_branch_std, set_post_norm_gamma
 from llmtrain.ops import Mask, Ops
+from llmtrain.parallel.cast import apply_cast
 from llmtrain.parallel.compile import apply_compile, decide, eager
 from llmtrain.parallel.fsdp import apply_fsdp, local_tensor, release_gathered, set_gradient_sync
 from llmtrain.parallel.mesh import Mesh
@@ -44,11 +45,14 @@ def build(cfg: RunConfig, *, objective: Callable[[dict], torch.Tensor], mesh: Me
     compiled = decide(cfg, kind=device.kind, ranks=mesh.world).on
     if compiled:
         apply_compile(model)
+    if mesh.world == 1 and precision.compute != precision.params:
+        apply_cast(model, torch_dtype(precision.compute))
     apply_recompute(model, cfg.train.recompute)
-    if mesh.world > 1 or precision.compute != precision.params:
+    if mesh.world > 1:
         apply_fsdp(model, mesh=mesh.fsdp_mesh(), precision=precision, reshard_after_forward=cfg.parallel.reshard_after_forward)
     model.to_empty(device=device.torch_device)
-    initialise(model, cfg.model, cfg.seed)
+    if cfg.model.pretrained is None:  # else the weights are read before the first step
+        initialise(model, cfg.model, cfg.seed)
     assert names == [name for name, _ in model.named_parameters()], "wrapping must not change canonical names"
     return NativeEngine(cfg, model=model, objective=objective, mesh=mesh, device=device, ops=ops)
 

@@ -41,7 +41,7 @@ def check_family(name: str) -> None:
         raise UnknownFamily(f"model.family: {name!r} is not registered; allowed: {', '.join(sorted(_FAMILIES))}{hint}")
 
 
-def build(cfg: ModelConfig, ops, loss_chunk: int) -> nn.Module:
+def build(cfg: ModelConfig, ops, loss_chunk: int | None) -> nn.Module:
     """The model that `cfg` describes, its parameters empty, on the current default device (use `with torch.device("meta")`).
 
     `ops` is the chosen ops (llmtrain.ops.resolve); `loss_chunk` the tokens whose logits exist at once in the loss.

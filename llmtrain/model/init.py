@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.convert.placed import held
 from llmtrain.model.draw import normals
 
 _RESIDUAL_OUTPUTS = ("out_proj.weight", "down_proj.weight")
@@ -77,7 +78,7 @@ def _fill_normal(param: Tensor, seed: int, name: str, std: float) -> None:
     local = _local(param)  # [rows, ...] of the global [R, ...]
     if local.numel() == 0:
         return
-    rows, columns = _held(param, 0), _held(param, 1)
+    rows, columns = held(param)[:2]
     inner = math.prod(param.shape[2:])
     width = param.shape[1] * inner  # elements per global row
     whole = len(columns) == param.shape[1]
@@ -97,23 +98,6 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
     """Sorted indices as half-open ranges: [3, 4, 5, 8] -> [(3, 6), (8, 9)]."""
     breaks = [0, *(i for i in range(1, len(indices)) if indices[i] != indices[i - 1] + 1), len(indices)]
     return [(indices[a], indices[b - 1] + 1) for a, b in pairwise(breaks)]
-
-
-def _held(param: Tensor, dim: int) -> list[int]:
-    """Global indices along `dim` that this rank holds, by sharding the index vector as the parameter is; no communication."""
-    indices = torch.arange(param.shape[dim], device="cpu")
-    if isinstance(param, DTensor):
-        placements = [_along_first(p) if p.is_shard(dim) else Replicate() for p in param.placements]
-        indices = distribute_tensor(indices, param.device_mesh, placements, src_data_rank=None).to_local()
-    return indices.tolist()
-
-
-def _along_first(placement: Shard) -> Shard:
-    if placement.dim == 0:
-        return placement
-    if type(placement) is not Shard:
-        raise ValueError(f"cannot initialise a parameter placed {placement}: only plain shards of dims other than 0 are known")
-    return Shard(0)
 
 
 def _local(param: Tensor) -> Tensor:

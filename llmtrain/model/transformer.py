@@ -26,7 +26,7 @@ class Transformer(nn.Module):
 
     block: ClassVar[type[Block]] = Block
 
-    def __init__(self, cfg: ModelConfig, ops, loss_chunk: int):
+    def __init__(self, cfg: ModelConfig, ops, loss_chunk: int | None):
         super().__init__()
         if cfg.vocab_size is None:
             raise ValueError("model.vocab_size is not set; give it, or give tokenizer.path so that it is read from the tokenizer")

@@ -5,12 +5,12 @@ keys that it can see run at a higher rate. Scores of one block by its keys exist
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from llmtrain_kernels.mask import Mask
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llmtrain.ops.attention import check_attention
 from llmtrain.ops.registry import Call, register
@@ -19,8 +19,8 @@ from llmtrain.ops.sdpa import attention_sdpa
 BLOCK = 128
 """Queries per product: fastest or within 6% of it at 512 and 2,048 tokens, in fp32 and bf16."""
 
-LONGEST = 2048
-"""Tokens of a document up to which this is used: from there on the flash kernel is as fast, and it holds less."""
+LONGEST = {2: 2048, 4: 512, 8: 512}
+"""Tokens of a document up to which this is used, by bytes of a number: beyond, the flash kernel is as fast or faster."""
 
 
 def _supports(call: Call) -> str | None:
@@ -45,7 +45,7 @@ def attention_tiled(
 ) -> Tensor:
     """Shapes as in `attention_reference`. Softmax in fp32 (fp64 for fp64).
 
-    Calls with a cache or offsets, without causality, or with a document above LONGEST tokens are handed to `attention_sdpa`.
+    Calls with a cache or offsets, without causality, or with a document above LONGEST tokens, are handed to `attention_sdpa`.
     Raises ValueError for `return_lse`.
     """
     if return_lse:
@@ -54,9 +54,9 @@ def attention_tiled(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rows = mask.documents if mask.documents is not None else ((q.shape[2],),) * q.shape[0]
     longest = max(max(lengths, default=0) for lengths in rows)
-    if not mask.causal or q_offset or kv_offset or q.shape[2] != k.shape[2] or longest > LONGEST:
+    if not mask.causal or q_offset or kv_offset or q.shape[2] != k.shape[2] or longest > LONGEST[q.element_size()]:
         return attention_sdpa(q, k, v, mask=mask, scale=scale, q_offset=q_offset, kv_offset=kv_offset)
-    return _Tiled.apply(q, k, v, _Tiling(rows, mask.window, q.dtype), scale)
+    return tiled_op(q, k, v, [len(lengths) for lengths in rows], [n for lengths in rows for n in lengths], mask.window or 0, scale)
 
 
 class _Tile(NamedTuple):
@@ -71,15 +71,16 @@ class _Tile(NamedTuple):
 class _Tiling:
     """How one call is cut: documents, and in each of them blocks of queries."""
 
-    def __init__(self, rows: tuple[tuple[int, ...], ...], window: int | None, dtype: torch.dtype):
-        self.rows, self.window, self.dtype = rows, window, dtype
+    def __init__(self, counts: list[int], lengths: list[int], window: int, dtype: torch.dtype):
+        self.counts, self.lengths, self.window, self.dtype = counts, lengths, window, dtype
         self.triangle = torch.full((BLOCK, BLOCK), float("-inf"), dtype=dtype).triu_(1)
 
     def documents(self) -> Iterator[tuple[int, slice]]:
         """Batch row and place of every document."""
-        for row, lengths in enumerate(self.rows):
+        lengths = iter(self.lengths)
+        for row, count in enumerate(self.counts):
             begin = 0
-            for length in lengths:
+            for length in islice(lengths, count):
                 yield row, slice(begin, begin + length)
                 begin += length
 
@@ -87,7 +88,7 @@ class _Tiling:
         """The tiles of a document; the bias covers the keys of the block itself, with a window all of them."""
         for first in range(0, length, BLOCK):
             last = min(first + BLOCK, length)
-            if self.window is None or last <= self.window:
+            if not self.window or last <= self.window:
                 yield _Tile(first, last, 0, self.triangle[: last - first, : last - first])
             else:
                 start = max(0, first - self.window + 1)
@@ -114,35 +115,45 @@ def _probabilities(q: Tensor, k: Tensor, tile: _Tile, high: torch.dtype) -> Tens
     return torch.softmax(wide, -1, out=wide)
 
 
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiling: _Tiling, scale: float) -> Tensor:
-        high = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # [B,S,H,dv] in memory, as out_proj reads it
-        scaled = q * scale
-        for row, document in tiling.documents():
-            query, key, value, result = (x[row, :, document] for x in (scaled, k, v, out))
-            for tile in tiling.tiles(document.stop - document.start):
-                probabilities = _probabilities(_fold(query, tile, len(key)), key, tile, high).to(q.dtype)
-                product = torch.bmm(probabilities, value[:, tile.start : tile.last])
-                result[:, tile.first : tile.last] = product.view(len(query), -1, product.shape[2])
-        ctx.save_for_backward(q, k, v, out)
-        ctx.tiling, ctx.scale = tiling, scale
-        return out
+# An operator of torch, so that selective recomputation sees one call whose output it keeps, not the scores inside.
+@torch.library.custom_op("llmtrain::tiled_attention", mutates_args=())
+def tiled_op(q: Tensor, k: Tensor, v: Tensor, counts: list[int], lengths: list[int], window: int, scale: float) -> Tensor:
+    """Documents per batch row, the lengths of all of them, a window (0 for none) -> [B,H,S,dv]."""
+    tiling, high = _Tiling(counts, lengths, window, q.dtype), torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # [B,S,H,dv] in memory, as out_proj reads it
+    scaled = q * scale
+    for row, document in tiling.documents():
+        query, key, value, result = (x[row, :, document] for x in (scaled, k, v, out))
+        for tile in tiling.tiles(document.stop - document.start):
+            probabilities = _probabilities(_fold(query, tile, len(key)), key, tile, high).to(q.dtype)
+            product = torch.bmm(probabilities, value[:, tile.start : tile.last])
+            result[:, tile.first : tile.last] = product.view(len(query), -1, product.shape[2])
+    return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out = ctx.saved_tensors
-        high = torch.promote_types(q.dtype, torch.float32)
-        grads = grad_q, grad_k, grad_v = tuple(torch.empty_like(x) for x in (q, k, v))
-        delta = (grad.to(high) * out).sum(-1, keepdim=True)  # [B,H,S,1]
-        scaled = q * ctx.scale
-        for row, document in ctx.tiling.documents():
-            parts = (x[row, :, document] for x in (scaled, k, v, grad, delta))
-            for whole, part in zip(grads, _document_gradients(*parts, ctx.tiling, high)):
-                whole[row, :, document] = part
-        return grad_q.mul_(ctx.scale), grad_k, grad_v, None, None
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    q, k, v, *rest = inputs
+    ctx.save_for_backward(q, k, v, output)
+    ctx.rest = rest
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError("kernels.attention=tiled has no second derivative; use kernels.attention: reference")
+    q, k, v, out = ctx.saved_tensors
+    counts, lengths, window, scale = ctx.rest
+    tiling, high = _Tiling(counts, lengths, window, q.dtype), torch.promote_types(q.dtype, torch.float32)
+    grads = grad_q, grad_k, grad_v = tuple(torch.empty_like(x) for x in (q, k, v))
+    delta = (grad.to(high) * out).sum(-1, keepdim=True)  # [B,H,S,1]
+    scaled = q * scale
+    for row, document in tiling.documents():
+        parts = (x[row, :, document] for x in (scaled, k, v, grad, delta))
+        for whole, part in zip(grads, _document_gradients(*parts, tiling, high)):
+            whole[row, :, document] = part
+    return grad_q.mul_(scale), grad_k, grad_v, None, None, None, None
+
+
+tiled_op.register_autograd(_backward, setup_context=_keep)
 
 
 def _document_gradients(

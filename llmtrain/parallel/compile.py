@@ -47,6 +47,8 @@ def decide(cfg: RunConfig, *, kind: str, ranks: int) -> Decision:
         return Decision(True, "train.compile")
     if obstacle:
         return Decision(False, obstacle)
+    if not (cfg.train.steps or cfg.train.tokens or cfg.train.phases):
+        return Decision(False, "the run has no length")
     work = sum(phase.tokens * flops_per_token(cfg.model, phase.seq_len) for phase in StepPlan.from_config(cfg).phases) / ranks
     worth = WORTH[kind]
     if work < worth:

@@ -11,11 +11,11 @@ from llmtrain.device.dtypes import torch_dtype
 
 
 def apply_fsdp(model: nn.Module, *, mesh: DeviceMesh, precision: PrecisionConfig, reshard_after_forward: bool) -> None:
-    """Shard every block and then the rest of `model` over `mesh`, in place.
+    """Shard every block, embedding and head where they are not one, and then the rest of `model` over `mesh`, in place.
 
     Gradients come out as plain sums over ranks, since the loss is already divided by the target count of the whole step. The last
-    block and the root stay gathered between forward and backward: they are needed again at once. So does everything on one rank, where
-    gathering is but a cast.
+    block, the head and the root stay gathered between forward and backward: they are needed again at once. So does everything on one rank,
+    where gathering is but a cast.
     """
     reshard_after_forward = reshard_after_forward and mesh.size() > 1
     compute, params = torch_dtype(precision.compute), torch_dtype(precision.params)
@@ -23,6 +23,9 @@ def apply_fsdp(model: nn.Module, *, mesh: DeviceMesh, precision: PrecisionConfig
     blocks = list(model.blocks.values())
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward and block is not blocks[-1])
+    if model.head.weight is not model.embedding.weight:
+        fully_shard(model.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

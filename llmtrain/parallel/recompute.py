@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import llmtrain.ops  # noqa: F401 (defines tiled_attention)
+
 aten = torch.ops.aten
 
 # What costs far more to compute again than to keep: matrix products and attention.
@@ -21,7 +23,7 @@ KEPT = {
         "_scaled_dot_product_cudnn_attention",
     )
     if hasattr(aten, name)
-}
+} | {torch.ops.llmtrain.tiled_attention.default}
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:

@@ -15,7 +15,7 @@ def miniature(model: ModelConfig) -> ModelConfig:
     groups = model.attention.heads // model.kv_heads
     attention = model.attention.model_copy(update={"heads": 2 * groups, "kv_heads": 2, "head_dim": 16})
     ffn = model.ffn.model_copy(update={"hidden": 64})
-    return model.model_copy(update={"layers": 2, "hidden": 64, "vocab_size": 256, "attention": attention, "ffn": ffn})
+    return model.model_copy(update={"pretrained": None, "layers": 2, "hidden": 64, "vocab_size": 256, "attention": attention, "ffn": ffn})
 
 
 def dry_run(cfg: RunConfig) -> int:

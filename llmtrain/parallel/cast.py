@@ -1,0 +1,33 @@
+"""Computing in 16 bits with wider parameters on one rank, as FSDP2's mixed precision does on several, without its collectives."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.compat import swapped_parameters
+
+
+def apply_cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let every block and the final norm of `model` compute with copies of their parameters in `dtype`, in place; names do not change.
+
+    Embeddings are cast after the lookup, and the head casts its own weight, so no copy of these largest gradients is made. Gradients come
+    out in the parameters' dtype.
+    """
+    for block in model.blocks.values():
+        block.forward = partial(_with_cast, block, block.forward, dtype)
+    model.final_norm.forward = partial(_with_cast, model.final_norm, model.final_norm.forward, dtype)
+    for embedding in (model.embedding, model.position_embedding):
+        if embedding is not None:
+            embedding.forward = partial(_cast_after, embedding.forward, dtype)
+
+
+def _with_cast(module: nn.Module, forward: Callable, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
+    with swapped_parameters(module, {name: parameter.to(dtype) for name, parameter in module.named_parameters()}):
+        return forward(*args, **kwargs)
+
+
+def _cast_after(forward: Callable, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+    return forward(tokens).to(dtype)
