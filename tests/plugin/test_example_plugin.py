@@ -141,7 +141,7 @@ def test_an_installed_plugin_needs_no_mention(place, installed, tmp_path_factory
 
 
 def test_a_run_without_the_plugin_is_read_without_it(place, installed, tmp_path):
-    llmtrain(tmp_path, "config", "show", path=(installed,))
+    llmtrain(tmp_path, "config", "show", "--train.steps", "1", path=(installed,))
     script = "import sys; from llmtrain import RunConfig; from llmtrain.config.load import to_yaml; print(to_yaml(RunConfig.load()))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(installed)])}
     text = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -46,13 +46,14 @@ def test_a_profile_window_leaves_a_trace(run):
 def test_generate(lab, run):
     words = ("generate", "runs/verbs", "-p", "KING", "--max-new", "12", "--seed")
     texts = [lab.command(*words, seed) for seed in ("1", "2")]
-    assert all(code == 0 and out.startswith("KING") and len(out) > 6 and err == "" for code, out, err in texts)
+    assert all(code == 0 and out.startswith("KING") and len(out) > 6 for code, out, err in texts)
+    assert all(re.fullmatch(r"\d+ tokens in .*\n", err) for _, _, err in texts)
     assert texts[0][1] != texts[1][1]
 
 
 def test_generate_from_a_folder_that_is_no_run(lab):
     code, out, err = lab.command("generate", "data-of-mine", "-p", "x")
-    assert (code, out, err) == (1, "", "llmtrain: data-of-mine is no run folder: it has no config.yaml\n")
+    assert (code, out, err) == (1, "", "llmtrain: data-of-mine is no run folder (config.yaml) and no Hugging Face folder (config.json): it is neither\n")
 
 
 def test_report(lab, run):
