@@ -85,10 +85,13 @@ def mean_keys(model: ModelConfig, seq_len: int) -> float:
 
 
 def loss_rows(vocab_size: int, loss_chunk: int | None) -> int:
-    """train.loss_chunk; where it is not given a power of two, as few rows hold little memory and many keep the products efficient."""
+    """train.loss_chunk; where it is not given a power of two, as few rows hold little memory and many keep the products efficient.
+
+    Logits below 32 MiB in fp32 are memory that the C library keeps for the next chunk; above, the kernel clears new pages for each.
+    """
     if loss_chunk is not None:
         return loss_chunk
-    fitting = 2**27 // (4 * vocab_size)
+    fitting = (2**25 - 1) // (4 * vocab_size)
     return min(1024, max(256, 1 << max(0, fitting.bit_length() - 1)))
 
 

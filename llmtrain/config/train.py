@@ -102,7 +102,7 @@ class TrainConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks: `auto` where it pays within the run's length. The first step of each sequence length takes longer."""
     loss_chunk: PositiveInt | None = None
-    """Tokens whose logits exist at once in the loss; the S x V logits never exist whole. If not given: 128 MiB of them, 256 to 1,024."""
+    """Tokens whose logits exist at once in the loss; the S x V logits never exist whole. If not given: 32 MiB of them, 256 to 1,024."""
     validate_every: NonNegativeInt = 0
     """Steps between validations, 0 for none; a run with validation data always validates at its end."""
     validate_samples: PositiveInt = 64

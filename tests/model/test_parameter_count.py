@@ -59,3 +59,10 @@ def test_of_option_combinations(case):
 def test_pangu_ultra_is_what_the_paper_says():
     total = count_parameters(ModelConfig.model_validate({"preset": "pangu_ultra_135b"}))["total"]
     assert round(total / 1e9, 1) == 133.9  # the paper rounds to 135B
+
+
+def test_rows_of_logits_follow_the_vocabulary():
+    from llmtrain.config.parameters import loss_rows
+
+    assert [loss_rows(vocab, None) for vocab in (256, 4096, 8192, 32_000, 153_376)] == [1024, 1024, 512, 256, 256]
+    assert loss_rows(153_376, 100) == 100

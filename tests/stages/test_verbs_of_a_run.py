@@ -53,7 +53,11 @@ def test_generate(lab, run):
 
 def test_generate_from_a_folder_that_is_no_run(lab):
     code, out, err = lab.command("generate", "data-of-mine", "-p", "x")
-    assert (code, out, err) == (1, "", "llmtrain: data-of-mine is no run folder (config.yaml) and no Hugging Face folder (config.json): it is neither\n")
+    assert (code, out, err) == (
+        1,
+        "",
+        "llmtrain: data-of-mine is no run folder (config.yaml) and no Hugging Face folder (config.json): it is neither\n",
+    )
 
 
 def test_report(lab, run):
