@@ -3,6 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -54,19 +55,22 @@ def build(cfg: RunConfig, *, objective: Callable[[dict], torch.Tensor], mesh: Me
     if cfg.model.pretrained is None:  # else the weights are read before the first step
         initialise(model, cfg.model, cfg.seed)
     assert names == [name for name, _ in model.named_parameters()], "wrapping must not change canonical names"
-    return NativeEngine(cfg, model=model, objective=objective, mesh=mesh, device=device, ops=ops)
+    return NativeEngine(cfg, model=model, objective=objective, mesh=mesh, device=device, ops=ops, compiled=compiled)
 
 
 class NativeEngine:
     """Forward and backward over micro-batches, AdamW, and the canonical state of both."""
 
-    def __init__(self, cfg: RunConfig, *, model: nn.Module, objective: Callable, mesh: Mesh, device: Device, ops: Ops):
+    def __init__(
+        self, cfg: RunConfig, *, model: nn.Module, objective: Callable, mesh: Mesh, device: Device, ops: Ops, compiled: bool = False
+    ):
         self.cfg, self.model, self.objective, self.mesh, self.device = cfg, model, objective, mesh, device
         self.parameters = dict(model.named_parameters())
         self.optimizer = self._build_optimizer(ops)
         self.steps_taken = 0
         self.loss_scale = LossScale(cfg.precision.loss_scale) if cfg.precision.compute == "fp16" else None
         self._norm: float | None = None
+        self._eager = eager if compiled else nullcontext  # the context brings the compiler's import with it
 
     def _build_optimizer(self, ops: Ops) -> torch.optim.Optimizer:
         optim = self.cfg.optim
@@ -170,7 +174,7 @@ class NativeEngine:
     def evaluate(self, micro_batches: Sequence[Batch]) -> StepResult:
         """The loss without gradients. Every rank brings the same number of micro-batches."""
         total = self._count_targets(micro_batches)
-        with eager():
+        with self._eager():
             losses = [self._forward(batch)["ce_sum"] for batch in micro_batches]
         return self._result(micro_batches, losses, total)
 
@@ -178,7 +182,7 @@ class NativeEngine:
     def logits(self, tokens: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, S, V] of tokens [B, S]; every rank gives the same tokens."""
         tokens = tokens.to(self.device.torch_device)
-        with eager():
+        with self._eager():
             return self.model(tokens, positions=positions, mask=Mask())["logits"]
 
     def begin_phase(self, *, rope_base: float) -> None:
@@ -192,7 +196,7 @@ class NativeEngine:
         norm = self.cfg.model.norm
         if norm.placement != "depth_scaled_sandwich" or "auto" not in (norm.c_attention, norm.c_ffn):
             return {}
-        with eager():
+        with self._eager():
             attention, ffn = measure_branch_std(self.model, lambda: self._forward(batch))
         release_gathered(self.model)
         c_attention = attention if norm.c_attention == "auto" else norm.c_attention
