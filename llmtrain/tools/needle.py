@@ -6,6 +6,7 @@ no answer is ever right, so that small models can be compared.
 """
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -136,6 +137,8 @@ def _check(opened: OpenModel, haystack: Sequence[int], lengths: Sequence[int], d
         raise UserError(f"the haystack has {len(haystack)} tokens, --lengths asks for {longest}; give a longer --text")
     if opened.cfg.position.kind == "learned" and longest + 8 > opened.cfg.max_seq_len:
         raise UserError(f"--lengths {longest}: the model has {opened.cfg.max_seq_len} learned positions (model.max_seq_len)")
+    if longest > opened.cfg.max_seq_len:
+        print(f"--lengths {longest}: the model was made for {opened.cfg.max_seq_len} tokens (model.max_seq_len)", file=sys.stderr)
     if any(not 0 <= depth <= 1 for depth in depths):
         raise UserError(f"--depths {list(depths)}: allowed are 0 to 1")
 
