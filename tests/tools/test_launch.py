@@ -54,7 +54,7 @@ def _children(pid: int) -> list[psutil.Process]:
 
 def _wait_for(*paths: Path, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
-    while not all(path.exists() for path in paths):
+    while not all(path.exists() and path.stat().st_size for path in paths):
         assert time.monotonic() < end, f"waited {seconds} s for {paths}"
         time.sleep(0.02)
 
