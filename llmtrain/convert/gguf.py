@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from llmtrain.convert.names import canonical_shapes, from_hf, pick_family
 from llmtrain.errors import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+UNREADABLE = (OSError, ValueError, KeyError, NotImplementedError)
+"""What transformers raises for a GGUF file, or a part of one, that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,22 @@ def read_gguf(path: str | Path) -> GGUFModel:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
-    try:
+    with _by_transformers(path):
         config = AutoConfig.from_pretrained(**where).to_dict()
-        config.pop("quantization_config", None)
-        cfg = ModelConfig.model_validate(model_values(config, where=str(path)))
+    config.pop("quantization_config", None)
+    cfg = ModelConfig.model_validate(model_values(config, where=str(path)))
+    with _by_transformers(path):
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise UserError(f"{path}: transformers cannot read it: {error}") from error
     return GGUFModel(cfg, _canonical(model, cfg, path), model, _tokenizer(where))
+
+
+@contextmanager
+def _by_transformers(path: Path) -> Iterator[None]:
+    """Name the file in what transformers raises for one that it cannot read."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"{path}: transformers cannot read it: {error}") from error
 
 
 def _require_packages() -> None:
@@ -101,5 +113,6 @@ def _tokenizer(where: dict[str, Any]) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, NotImplementedError):
+    except UNREADABLE as error:
+        print(f"{where['gguf_file']}: converted without a tokenizer, which transformers cannot read: {error}", file=sys.stderr)
         return None

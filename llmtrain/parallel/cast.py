@@ -19,7 +19,7 @@ def apply_cast(model: nn.Module, dtype: torch.dtype) -> None:
     for block in model.blocks.values():
         block.forward = partial(_with_cast, block, block.forward, dtype)
     model.final_norm.forward = partial(_with_cast, model.final_norm, model.final_norm.forward, dtype)
-    for embedding in (model.embedding, model.position_embedding):
+    for embedding in (model.embedding, getattr(model, "position_embedding", None)):
         if embedding is not None:
             embedding.forward = partial(_cast_after, embedding.forward, dtype)
 

@@ -47,6 +47,8 @@ def decide(cfg: RunConfig, *, kind: str, ranks: int) -> Decision:
         return Decision(True, "train.compile")
     if obstacle:
         return Decision(False, obstacle)
+    if cfg.model.family != "transformer":
+        return Decision(False, f"model.family {cfg.model.family} may not compile; on tries it")
     if not (cfg.train.steps or cfg.train.tokens or cfg.train.phases):
         return Decision(False, "the run has no length")
     work = sum(phase.tokens * flops_per_token(cfg.model, phase.seq_len) for phase in StepPlan.from_config(cfg).phases) / ranks

@@ -13,7 +13,8 @@ from llmtrain.config.run import RunConfig
 from llmtrain.data.check import check_inputs
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.steps import Phase, StepPlan
-from llmtrain.tools.launch import is_launched, run_local
+from llmtrain.stages.registry import start
+from llmtrain.tools.launch import is_launched
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     if is_launched():
         return run(cfg)
     ranks = preflight(cfg)
-    return run(cfg) if ranks == 1 else run_local(["train", *argv], ranks, logs=Path(cfg.output) / cfg.name / "log")
+    return run(cfg) if ranks == 1 else start(cfg, ["train", *argv], ranks)
 
 
 def preflight(cfg: RunConfig) -> int:

@@ -44,17 +44,14 @@ def passage(s, engine: Engine) -> str | None:
     if cfg.metrics.sample is None or cfg.tokenizer.path is None:
         return None
     from llmtrain.data.tokenizer import load
-    from llmtrain.tools.generate import sample
+    from llmtrain.model.decode import UncachedRunner, generate
+    from llmtrain.model.sampling import Sampling
 
     tokenizer = load(cfg.tokenizer.path, cfg.tokenizer.kind)
     prompt = tokenizer.encode(cfg.metrics.sample)
-    window = cfg.train.seq_len
-
-    def last_logits(tokens: torch.Tensor) -> torch.Tensor:
-        return engine.logits(tokens[:, -window:])[:, -1]
-
-    tokens = sample(last_logits, prompt, max_new=cfg.metrics.sample_tokens, seed=cfg.seed, stop_ids=(tokenizer.eod_id,))
-    return tokenizer.decode(tokens)
+    rule = Sampling(max_new=cfg.metrics.sample_tokens, top_p=0.95, seed=cfg.seed, stop_ids=(tokenizer.eod_id,))
+    runner = UncachedRunner(engine.logits, slots=1, capacity=len(prompt) + rule.max_new, window=cfg.train.seq_len)
+    return tokenizer.decode(generate(runner, [prompt], rule)[0].tokens)
 
 
 def baseline(cfg: RunConfig) -> float | None:

@@ -7,16 +7,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from llmtrain.errors import UserError
 from llmtrain.model.cache import cache_bytes
-from llmtrain.model.decode import UncachedRunner
-from llmtrain.model.decode import generate as generate_tokens
 from llmtrain.model.sampling import Sampling
 from llmtrain.tools.completions import Completion, Request, Texts, runner_for
 from llmtrain.tools.open_model import OpenModel, open_model
@@ -176,23 +172,3 @@ def _summary(opened: OpenModel, runner, items: list[Completion], *, seconds: flo
     words = f"{tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s) on {opened.device}"
     cache = f"cache {size / 2**20:.1f} MiB for {runner.slots} x {runner.capacity} tokens"
     print(f"{'interrupted: ' if interrupted else ''}{words}, {cache}", file=sys.stderr)
-
-
-def sample(
-    logits_fn: Callable[[Tensor], Tensor],
-    tokens: Sequence[int],
-    *,
-    max_new: int,
-    seed: int,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    stop_ids: Collection[int] = (),
-) -> list[int]:
-    """`tokens` and up to `max_new` more, drawn from `logits_fn`: tokens [1,S] int64 -> logits [1,V] of the last position.
-
-    For models that keep no cache here, such as an engine's under a mesh: all ranks draw the same tokens. A token of `stop_ids` ends it and
-    is not returned. Raises UserError for an empty prompt or values that `Sampling` refuses.
-    """
-    runner = UncachedRunner(lambda rows: logits_fn(rows)[:, None].expand(-1, rows.shape[1], -1), slots=1, capacity=len(tokens) + max_new)
-    rule = Sampling(max_new=max_new, temperature=temperature, top_p=top_p, seed=seed, stop_ids=tuple(stop_ids))
-    return generate_tokens(runner, [tokens], rule)[0].tokens

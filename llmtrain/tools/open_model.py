@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.pretrained import pretrained_tokenizer
 from llmtrain.config.run import RunConfig
+from llmtrain.convert.companions import token_ids
+from llmtrain.convert.hf_read import model_config, read_config
+from llmtrain.convert.import_hf import load_into
 from llmtrain.data.tokenizer import Tokenizer, load
 from llmtrain.device import Device, select
 from llmtrain.device.dtypes import DTYPES, torch_dtype
@@ -17,7 +21,7 @@ from llmtrain.errors import UserError
 from llmtrain.layout.steps import StepPlan
 from llmtrain.model import family
 from llmtrain.ops import Call, resolve
-from llmtrain.tools.history import read_config
+from llmtrain.tools import history
 from llmtrain.train import checkpoint_files, checkpoint_state
 from llmtrain.train.checkpoint import Checkpointer
 
@@ -66,7 +70,7 @@ def open_model(path: str | Path, *, device: str = "auto", dtype: str = "auto", c
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     place = select(device)
-    cfg = read_config(path)
+    cfg = history.read_config(path)
     if cfg is not None:
         return _open_run(path, cfg, place, dtype, checkpoint)
     if (path / "config.json").is_file():
@@ -81,7 +85,7 @@ def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: 
     Its RoPE base is that of the phase the checkpoint ends in. Raises CheckpointError if the weights do not fit.
     """
     place = select(device)
-    model = _empty(cfg.model, place, _compute_dtype(torch_dtype(cfg.precision.params), place, dtype))
+    model = empty_model(cfg.model, place, _compute_dtype(torch_dtype(cfg.precision.params), place, dtype))
     weights = {f"{name}.weight": parameter.detach() for name, parameter in model.named_parameters()}
     metadata = checkpoint_state.read_metadata(checkpoint)
     _require_weights(checkpoint, weights, metadata)
@@ -115,17 +119,12 @@ def run_tokenizer(run: Path, cfg: RunConfig) -> Tokenizer | None:
 
 
 def _open_hf(folder: Path, place: Device, dtype: str) -> OpenModel:
-    from llmtrain.convert.hf_read import model_config
-    from llmtrain.convert.import_hf import load_into
-
-    cfg = model_config(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    cfg, config = model_config(folder), read_config(folder)
     stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
-    model = _empty(cfg, place, _compute_dtype(stored, place, dtype))
+    model = empty_model(cfg, place, _compute_dtype(stored, place, dtype))
     load_into({name: parameter.detach() for name, parameter in model.named_parameters()}, folder, cfg)
-    has_tokenizer = (folder / "tokenizer.json").is_file() or bool(list(folder.glob("*.model")))
-    tokenizer = load(folder) if has_tokenizer else None
-    return OpenModel(model, cfg, tokenizer, _stop_ids(folder, config, tokenizer), _prefix(folder, tokenizer))
+    tokenizer = load(folder) if pretrained_tokenizer(folder) else None
+    return OpenModel(model, cfg, tokenizer, _stop_ids(folder, tokenizer), _prefix(folder, tokenizer))
 
 
 def _compute_dtype(stored: torch.dtype, place: Device, wanted: str) -> torch.dtype:
@@ -139,7 +138,8 @@ def _compute_dtype(stored: torch.dtype, place: Device, wanted: str) -> torch.dty
     return dtype
 
 
-def _empty(cfg: ModelConfig, place: Device, dtype: torch.dtype) -> nn.Module:
+def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype) -> nn.Module:
+    """The model of `cfg` in evaluation mode, its parameters in `dtype` on `place` and not yet filled."""
     call = Call(
         device=place.kind,
         dtype=dtype,
@@ -152,7 +152,7 @@ def _empty(cfg: ModelConfig, place: Device, dtype: torch.dtype) -> nn.Module:
         window=cfg.attention.window,
     )
     with torch.device("meta"):
-        model = family.build(cfg, resolve({}, call), 1024).to(dtype)
+        model = family.build(cfg, resolve({}, call), None).to(dtype)
     return model.to_empty(device=place.torch_device).eval().requires_grad_(False)
 
 
@@ -166,20 +166,14 @@ def _read(checkpoint: Path, weights: dict[str, Tensor], metadata, *, stored: tor
 
 
 def _require_weights(checkpoint: Path, weights: dict[str, Tensor], metadata) -> None:
-    stored = metadata.state_dict_metadata
-    named = {name for name in stored if name.endswith(".weight")}
-    wrong = sorted(named ^ set(weights)) or sorted(n for n, w in weights.items() if tuple(stored[n].size) != tuple(w.shape))
-    if wrong:
-        raise checkpoint_files.CheckpointError(f"{checkpoint} does not fit the run's config.yaml: {', '.join(wrong[:5])}")
+    stored = {name for name in metadata.state_dict_metadata if name.endswith(".weight")}
+    if problems := checkpoint_state.misfits(weights, metadata, stored):
+        raise checkpoint_files.CheckpointError(f"{checkpoint} does not fit the run's config.yaml: {'; '.join(problems[:5])}")
 
 
-def _stop_ids(folder: Path, config: dict, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The end tokens of generation_config.json, else of config.json, else the tokenizer's."""
-    generation = folder / "generation_config.json"
-    given = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
-    given = config.get("eos_token_id") if given is None else given
-    if given is None:
-        given = tokenizer.eod_id if tokenizer else ()
+def _stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The end tokens that the folder's own files name, else the tokenizer's."""
+    given = token_ids(folder).get("eos_token_id", tokenizer.eod_id if tokenizer else ())
     return tuple(given) if isinstance(given, Iterable) else (int(given),)
 
 

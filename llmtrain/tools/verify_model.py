@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from llmtrain.config.model import ModelConfig
 from llmtrain.convert.hf_read import read_config
 from llmtrain.device import select
 from llmtrain.errors import UserError
-from llmtrain.model import family
-from llmtrain.ops import Call, Mask, resolve
+from llmtrain.ops import Mask
 from llmtrain.tools.model_source import ModelSource
+from llmtrain.tools.open_model import empty_model
 
 BOUND = 1e-5
 """Largest difference of two logits that counts as equal, relative to the largest logit: fp32 rounding over the depth of a model."""
@@ -52,18 +51,7 @@ def compare(source: ModelSource, reference: Any) -> Comparison:
 @torch.no_grad()
 def our_model(source: ModelSource) -> torch.nn.Module:
     """The model of `source` on the CPU in fp32."""
-    cfg: ModelConfig = source.cfg
-    call = Call(
-        device=select("cpu").kind,
-        dtype=torch.float32,
-        head_dim=cfg.head_dim,
-        heads=cfg.attention.heads,
-        kv_heads=cfg.kv_heads,
-        window=cfg.attention.window,
-    )
-    with torch.device("meta"):
-        model = family.build(cfg, resolve({}, call), 1024)
-    model.to_empty(device="cpu").eval()
+    model = empty_model(source.cfg, select("cpu"), torch.float32)
     parameters = dict(model.named_parameters())
     for name, tensor in source.weights():
         parameters.pop(name).copy_(tensor)

@@ -9,12 +9,11 @@ import yaml
 
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
-from llmtrain.model.decode import CachedRunner
+from llmtrain.model.decode import CachedRunner, UncachedRunner
 from llmtrain.model.decode import generate as generate_tokens
 from llmtrain.model.sampling import Sampling
 from llmtrain.ops import Mask
 from llmtrain.tools import generate, open_model
-from llmtrain.tools.generate import sample
 from llmtrain.tools.open_model import load_model
 from llmtrain.train.checkpoint import Checkpointer
 
@@ -29,6 +28,12 @@ def fixed(logits: list[float]):
 def successor(tokens: torch.Tensor) -> torch.Tensor:
     """A model that is sure of last + 1, modulo 10."""
     return torch.nn.functional.one_hot((tokens[:, -1] + 1) % 10, 10).double() * 50
+
+
+def sample(last_logits, tokens: list[int], *, max_new: int, **rule) -> list[int]:
+    """`tokens` and what a model without a cache adds, as at the end of a run."""
+    runner = UncachedRunner(lambda rows: last_logits(rows)[:, None].expand(-1, rows.shape[1], -1), slots=1, capacity=len(tokens) + max_new)
+    return generate_tokens(runner, [tokens], Sampling(max_new=max_new, **rule))[0].tokens
 
 
 def test_greedy_and_stop():
@@ -121,7 +126,7 @@ def test_the_cache_changes_nothing(run):
 
     rule = Sampling(max_new=30, seed=3, temperature=0.8, top_p=0.95)
     cached = generate_tokens(CachedRunner(model, slots=1, capacity=40), [[65, 66]], rule)[0].tokens
-    assert cached == sample(whole, [65, 66], max_new=30, seed=3)
+    assert cached == sample(whole, [65, 66], max_new=30, seed=3, top_p=0.95)
 
 
 def read(capsys) -> tuple[str, str]:
