@@ -11,14 +11,13 @@ from llmtrain.compat import swapped_parameters
 
 
 def apply_cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let every block and the final norm of `model` compute with copies of their parameters in `dtype`, in place; names do not change.
+    """Let every block of `model` compute with copies of its parameters in `dtype`, in place; names do not change.
 
-    Embeddings are cast after the lookup, and the head casts its own weight, so no copy of these largest gradients is made. Gradients come
-    out in the parameters' dtype.
+    Embeddings are cast after the lookup, and norms and head bring their own weights to what they are given, so no copy of the largest
+    gradients is made. Gradients come out in the parameters' dtype.
     """
     for block in model.blocks.values():
         block.forward = partial(_with_cast, block, block.forward, dtype)
-    model.final_norm.forward = partial(_with_cast, model.final_norm, model.final_norm.forward, dtype)
     for embedding in (model.embedding, getattr(model, "position_embedding", None)):
         if embedding is not None:
             embedding.forward = partial(_cast_after, embedding.forward, dtype)

@@ -180,6 +180,12 @@ def test_wrong_shapes_and_a_wanted_lse_are_refused(attention):
         attention(q, k, v, mask=Mask(), return_lse=True)
 
 
+def test_a_second_derivative_is_refused_not_wrong():
+    q, k, v = inputs((1, 1, 1, 8, 8, 4, 4))
+    with pytest.raises(RuntimeError, match=r"no second derivative; use kernels\.attention: reference"):
+        torch.autograd.grad(attention_tiled(q, k, v, mask=Mask()).sum(), q, create_graph=True)
+
+
 def test_long_documents_are_left_to_the_flash_kernel(monkeypatch):
     handed_over = []
     monkeypatch.setitem(tiled_attention.LONGEST, 8, 8)  # float64 has 8 bytes

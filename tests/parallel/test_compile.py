@@ -56,6 +56,14 @@ def test_auto_goes_by_the_work_of_a_rank(monkeypatch):
     assert not blocks.decide(config(steps=500), kind="cpu", ranks=1).on
 
 
+def test_auto_leaves_a_plugins_family_alone_and_on_tries_it(monkeypatch):
+    monkeypatch.setattr(blocks, "WORTH", {"cpu": 0.0})
+    other = {"update": {"model": config().model.model_copy(update={"family": "mine"})}}
+    assert blocks.decide(config(), kind="cpu", ranks=1).on
+    assert "model.family mine may not compile" in str(blocks.decide(config().model_copy(**other), kind="cpu", ranks=1))
+    assert blocks.decide(config(compile="on").model_copy(**other), kind="cpu", ranks=1).on
+
+
 def test_a_short_run_is_not_compiled_and_says_why():
     decision = blocks.decide(config(), kind="cpu", ranks=1)
     assert not decision.on
