@@ -134,9 +134,9 @@ def _std(out: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_post_norm_gamma(model: nn.Module, c_attention: float, c_ffn: float) -> None:
-    """Set every post-norm gamma to c / sqrt(L); raises ValueError if the model has no post norms."""
+    """Set every post-norm gamma to c / sqrt(L), L being the layers of the whole model; raises ValueError if it has no post norms."""
     _require_post_norms(model)
-    root = math.sqrt(len(model.blocks))
+    root = math.sqrt(model.cfg.layers)  # a pipeline stage holds fewer
     for block in model.blocks.values():
         _local(block.post_attention_norm.weight).fill_(c_attention / root)
         _local(block.post_ffn_norm.weight).fill_(c_ffn / root)

@@ -17,10 +17,11 @@ from llmtrain.model.rope import Rope
 
 @register_family("transformer")
 class Transformer(nn.Module):
-    """A dense decoder. Computes in the dtype of its parameters; holds no collective and no device name.
+    """A decoder. Computes in the dtype of its parameters; holds no collective and no device name.
 
     Parameters are left empty: `initialise` fills them after the model is on its device. A family that differs in its blocks alone
-    derives from this and sets `block`.
+    derives from this and sets `block`. A pipeline stage is one with parts missing (`cut`): `embedding`, `position_embedding`,
+    `final_norm` and `head` may be None, and `blocks` holds some blocks under their numbers in the whole model.
     Raises ValueError if `model.vocab_size` is not set.
     """
 
@@ -31,6 +32,7 @@ class Transformer(nn.Module):
         if cfg.vocab_size is None:
             raise ValueError("model.vocab_size is not set; give it, or give tokenizer.path so that it is read from the tokenizer")
         self.cfg = cfg
+        self.first_stage = self.last_stage = True
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.hidden, _weight=torch.empty(cfg.vocab_size, cfg.hidden))
         learned = cfg.position.kind == "learned"
         self.position_embedding = _positions(cfg) if learned else None
@@ -42,30 +44,49 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        x: Tensor,
         *,
         mask,
         positions: Tensor | None = None,
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         last: int | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """One pass over tokens [B,S] (int64).
+        """One pass over tokens [B,S] (int64); on a stage that is not the first, over the hidden states [B,S',D] of the one before it.
 
         `mask` is a Mask; `positions` [B or 1,S], counted on from the cache if not given. With `targets` [B,S] (-100 is none)
         returns {"ce_sum": summed cross-entropy}, else {"logits": [B,S,V]}, if `last` is given of that many last positions alone (0 fills
-        a cache and no more). A `cache` takes causal masks without documents.
+        a cache and no more); a stage that is not the last returns {"hidden": [B,S',D]}. A `cache` takes causal masks without documents.
+        `rope` is what `rotation` gave for the same positions, where several stages share it. S' may be a part of S that was cut from
+        outside; positions and rope are those of the whole S.
         """
         mask = self._mask(mask, cache)
-        if positions is None:
+        if positions is None and self.first_stage:
             start = cache.length if cache is not None else 0
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        x = self.embedding(tokens)  # [B,S,D]
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
-        rope = self.rope(positions, x.dtype) if self.rope is not None else None
+            positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        if self.first_stage:
+            x = self.embed(x, positions)
+        if rope is None:
+            rope = self.rotation(positions, x.dtype)
         for name, block in self.blocks.items():
             x = block(x, rope=rope, mask=mask, cache=cache.layer(name) if cache is not None else None)
+        return self._finish(x, targets, last) if self.last_stage else {"hidden": x}
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens [B,S] and positions [B or 1,S] -> the residual stream [B,S,D] before the first block."""
+        x = self.embedding(tokens)
+        return x if self.position_embedding is None else x + self.position_embedding(positions)
+
+    def rotation(self, positions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """RoPE's (cos, sin), each [B or 1,1,S,d] in `dtype`, at positions [B or 1,S]; None for a model without it."""
+        if self.rope is None:
+            return None
+        if positions is None:
+            raise ValueError("a stage that is not the first needs `positions` or `rope`: its input may be a part of the sequence")
+        return self.rope(positions, dtype)
+
+    def _finish(self, x: Tensor, targets: Tensor | None, last: int | None) -> dict[str, Tensor]:
         x = self.final_norm(x if last is None else x[:, x.shape[1] - last :])
         return {"logits": self.head(x)} if targets is None else {"ce_sum": self.head(x, targets)}
 
@@ -82,15 +103,31 @@ class Transformer(nn.Module):
         return mask if window is None else replace(mask, window=window)
 
     def _tie(self) -> None:
-        if self.cfg.tie_embeddings:
+        if self.cfg.tie_embeddings and self.head is not None and self.head.weight is not self.embedding.weight:
             self.head.weight = self.embedding.weight
 
     def _apply(self, fn, recurse=True):
         # to_empty() and to() replace a parameter per module that holds it, which would untie the head.
         super()._apply(fn, recurse)
-        if self.cfg.tie_embeddings and self.head.weight is not self.embedding.weight:
-            self._tie()
+        self._tie()
         return self
+
+
+def cut(model: Transformer, *, blocks: range, first: bool, last: bool) -> None:
+    """Drop, in place, what a pipeline stage with the blocks of these numbers does not hold; names do not change.
+
+    `first` keeps the embeddings, `last` the final norm and the head. A last stage of a model with tied embeddings keeps `embedding` as
+    well, as its weight is the head's.
+    """
+    model.first_stage, model.last_stage = first, last
+    for name in [name for name in model.blocks if int(name) not in blocks]:
+        del model.blocks[name]
+    if not first:
+        model.position_embedding = None
+    if not (first or (last and model.cfg.tie_embeddings)):
+        model.embedding = None
+    if not last:
+        model.final_norm = model.head = None
 
 
 def _positions(cfg: ModelConfig) -> nn.Embedding:
