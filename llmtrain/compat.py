@@ -42,6 +42,43 @@ def swapped_parameters(module: nn.Module, tensors: dict[str, Any]) -> Any:
     return _reparametrize_module(module, tensors)
 
 
+def flatten_mesh(mesh: Any, name: str) -> Any:
+    """The DeviceMesh `mesh` as one axis of that name, with its groups made now."""
+    return mesh._flatten(name)
+
+
+def concatenate_meshes(*meshes: Any) -> Any:
+    """The DeviceMesh whose axes are those of `meshes`, all parts of one mesh; makes no group. FSDP2 itself does this."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh._concatenate(list(meshes))
+
+
+def reduce_fsdp_gradients(module: nn.Module) -> None:
+    """Reduce the gradients that the FSDP2 module `module` has accumulated over several backward passes without a reduction, and reshard it.
+
+    What FSDP2 does by itself in a backward pass with `set_is_last_backward(True)`, for schedules that compute gradients of weights apart.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    module.set_is_last_backward(True)
+    module.set_reshard_after_backward(True)
+    module.set_requires_gradient_sync(True)
+    state = fully_shard.state(module)
+    for part in state._state_ctx.all_states:
+        groups = part._fsdp_param_groups if hasattr(part, "_fsdp_param_groups") else filter(None, [part._fsdp_param_group])
+        for group in groups:
+            group.post_backward()
+    state._root_post_backward_final_callback()
+
+
+def split_backward() -> tuple[Any, Any]:
+    """(gradients for inputs, then gradients for weights) of a stage: torch.distributed.pipelining's two halves of a backward pass."""
+    from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+    return stage_backward_input, stage_backward_weight
+
+
 def compile_seconds() -> float:
     """Seconds that this process has spent in torch.compile so far; 0 where this torch does not tell."""
     import sys

@@ -135,7 +135,19 @@ class ParallelConfig(Section):
     tp: PositiveInt = 1
     """Ranks that share one layer."""
     ep: PositiveInt = 1
-    """Ranks that share the experts, laid over dp_shard x cp."""
+    """Ranks that share the experts, laid over dp_shard x cp, and over tp too where etp is 1."""
+    etp: PositiveInt = 1
+    """Ranks that share one expert: 1, and tp ranks hold whole experts and send their own part of the sequence, or tp."""
+    tp_chunks: PositiveInt = 1
+    """Pieces in which tensor parallelism sends activations, each while another one is multiplied; 1 does one after the other."""
+    cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
+    """How the ranks of cp attend to each other's keys: gather all of them, pass them round a ring, or exchange sequence for heads."""
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = "auto"
+    """Order of the micro-batches in a pipeline; `auto` is 1f1b, or interleaved with several virtual stages."""
+    virtual_stages: PositiveInt = 1
+    """Stages of the pipeline that one rank holds."""
+    layers_per_stage: list[NonNegativeInt] | None = None
+    """Blocks of each stage, first to last, pp x virtual_stages of them; balanced by cost if not given."""
     reshard_after_forward: bool = True
     """Free gathered parameters after the forward pass and gather them again for the backward pass."""
     timeout: PositiveFloat = 600.0

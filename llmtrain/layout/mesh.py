@@ -1,16 +1,30 @@
-"""The mesh as arithmetic: how many ranks along each axis, and which rank stands where."""
+"""The mesh as arithmetic: how many ranks along each axis, which rank stands where, and which ranks form each group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
 
 from llmtrain.config.train import ParallelConfig
 from llmtrain.errors import UserError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep", "etp")
+FLAT = {"fsdp": ("dp_shard", "cp")}
+"""Axes that are also used as one: parameters are sharded over dp_shard x cp, since ranks of cp hold the same parameters."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk to each other, in order."""
+
+    axis: str
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Ranks along each axis; the last axis varies fastest over global ranks. `ep` is laid over dp_shard x cp and adds no ranks."""
+    """Ranks along each axis; the last axis varies fastest over global ranks. `ep` is laid over the others and adds no ranks."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -18,11 +32,12 @@ class MeshShape:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    etp: int = 1
 
     @classmethod
     def from_config(cls, cfg: ParallelConfig, *, world: int | None = None) -> "MeshShape":
         """The shape of `cfg`; dp_shard -1 takes what `world` leaves. Raises UserError, with the arithmetic, if it does not fit."""
-        shape = cls(**{axis: getattr(cfg, axis) for axis in (*AXES, "ep")})
+        shape = cls(**{axis: getattr(cfg, axis) for axis in (*AXES, "ep", "etp")})
         if cfg.dp_shard == -1:
             others = replace(shape, dp_shard=1).world
             if (world or others) % others:
@@ -31,20 +46,76 @@ class MeshShape:
         if world is not None and shape.world != world:
             product = " x ".join(f"{axis} {getattr(shape, axis)}" for axis in AXES)
             raise UserError(f"parallel asks for {product} = {shape.world} ranks, {world} were started; change parallel.* or the launch")
-        if (shape.dp_shard * shape.cp) % shape.ep:
-            raise UserError(f"parallel.ep {shape.ep} does not divide dp_shard {shape.dp_shard} x cp {shape.cp}")
+        shape._check_experts()
         return shape
+
+    def _check_experts(self) -> None:
+        if self.etp not in (1, self.tp):
+            raise UserError(f"parallel.etp {self.etp}: allowed are 1 and the value of parallel.tp, {self.tp}")
+        if self._sharing % self.ep:
+            over = f"dp_shard {self.dp_shard} x cp {self.cp}" + (f" x tp {self.tp}" if self.etp < self.tp else "")
+            raise UserError(f"parallel.ep {self.ep} does not divide {over} = {self._sharing}; change parallel.ep or those axes")
+
+    @property
+    def _sharing(self) -> int:
+        """Ranks that hold each expert once between them."""
+        return self.dp_shard * self.cp * self.tp // self.etp
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks that share the parameters of the same experts."""
+        return self._sharing // self.ep
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks that share one copy of the parameters of dense layers."""
+        return self.dp_shard * self.cp
 
     @property
     def world(self) -> int:
         """Number of ranks."""
-        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+        return prod(self.sizes(AXES))
 
     @property
     def dp(self) -> int:
         """Ranks that read different samples."""
         return self.dp_replicate * self.dp_shard
 
+    def sizes(self, axes: Sequence[str]) -> tuple[int, ...]:
+        """Ranks along each of `axes`."""
+        return tuple(getattr(self, axis) for axis in axes)
+
+    def place(self, rank: int, axes: Sequence[str] = AXES) -> dict[str, int]:
+        """Where `rank` stands along each of AXES or EXPERT_AXES."""
+        coordinates = {}
+        for axis, size in zip(reversed(axes), reversed(self.sizes(axes))):
+            rank, coordinates[axis] = divmod(rank, size)
+        return coordinates
+
+    def rank(self, place: dict[str, int], axes: Sequence[str] = AXES) -> int:
+        """The rank that stands at `place`; the inverse of `place`."""
+        rank = 0
+        for axis, size in zip(axes, self.sizes(axes)):
+            rank = rank * size + place[axis]
+        return rank
+
     def describe(self) -> str:
         """`dp_shard 2 x tp 4`, or `one rank`."""
         return " x ".join(f"{axis} {getattr(self, axis)}" for axis in (*AXES, "ep") if getattr(self, axis) > 1) or "one rank"
+
+    def groups(self, axis: str) -> list[Group]:
+        """All groups of one axis of AXES, EXPERT_AXES or FLAT: they part the world, and each is in the order of its ranks."""
+        axes = EXPERT_AXES if axis in ("efsdp", "ep", "etp") else AXES
+        inner = FLAT.get(axis, (axis,))
+        outer = [a for a in axes if a not in inner]
+        found = []
+        for fixed in product(*(range(getattr(self, a)) for a in outer)):
+            here = dict(zip(outer, fixed))
+            members = (here | dict(zip(inner, at)) for at in product(*(range(getattr(self, a)) for a in inner)))
+            found.append(Group(axis, tuple(self.rank(place, axes) for place in members)))
+        return found
+
+    def all_groups(self, *, experts: bool) -> list[Group]:
+        """Every group in the order in which all ranks make them: axis by axis, those of the experts last and only if there are any."""
+        order = [*AXES, *FLAT, *((a for a in EXPERT_AXES if a not in AXES) if experts else ())]
+        return [group for axis in order for group in self.groups(axis)]

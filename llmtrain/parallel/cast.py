@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.compat import swapped_parameters
+from llmtrain.parallel.blocks import all_blocks
 
 
 def apply_cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -16,7 +17,7 @@ def apply_cast(model: nn.Module, dtype: torch.dtype) -> None:
     Embeddings are cast after the lookup, and norms and head bring their own weights to what they are given, so no copy of the largest
     gradients is made. Gradients come out in the parameters' dtype.
     """
-    for block in model.blocks.values():
+    for block in all_blocks(model):
         block.forward = partial(_with_cast, block, block.forward, dtype)
     for embedding in (model.embedding, getattr(model, "position_embedding", None)):
         if embedding is not None:

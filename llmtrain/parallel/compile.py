@@ -10,6 +10,7 @@ from llmtrain.config.parameters import flops_per_token
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.layout.steps import StepPlan
+from llmtrain.parallel.blocks import all_blocks
 
 WORTH = {"cpu": 1e15, "cuda": 1e17}
 """FLOPs of a rank's share of the run from which `auto` compiles.
@@ -61,6 +62,9 @@ def decide(cfg: RunConfig, *, kind: str, ranks: int) -> Decision:
 def _obstacle(cfg: RunConfig, kind: str) -> str | None:
     if kind not in WORTH:
         return f"torch.compile has not been tried on {kind}"
+    p = cfg.parallel
+    if max(p.tp, p.cp, p.ep) > 1:
+        return "the collectives of parallel.tp, cp and ep inside the blocks have not been tried under torch.compile"
     if cfg.train.recompute == "selective":
         return "train.recompute selective decides op by op, which compiled code hides; full works"
     if kind == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -75,10 +79,10 @@ def apply_compile(model: nn.Module) -> None:
     chosen already, and its mask is another one in every batch, for each of which it would be compiled anew.
     Raises UserError for a block without these parts.
     """
-    for name, block in model.blocks.items():
+    for block in all_blocks(model):
         for part in PARTS:
             if not hasattr(block, part):
-                raise UserError(f"train.compile on: block {name} ({type(block).__name__}) has no method {part}; set train.compile to off")
+                raise UserError(f"train.compile on: a block of {type(block).__name__} has no method {part}; set train.compile to off")
             setattr(block, part, torch.compile(getattr(block, part), fullgraph=True, dynamic=False))
 
 

@@ -4,28 +4,39 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from llmtrain.compat import fsdp_sum_gradients
 from llmtrain.config.train import PrecisionConfig
 from llmtrain.device.dtypes import torch_dtype
+from llmtrain.model.experts import Experts
+from llmtrain.parallel.blocks import all_blocks
 
 
-def apply_fsdp(model: nn.Module, *, mesh: DeviceMesh, precision: PrecisionConfig, reshard_after_forward: bool) -> None:
+def apply_fsdp(
+    model: nn.Module, *, mesh: DeviceMesh, precision: PrecisionConfig, reshard_after_forward: bool, expert_mesh: DeviceMesh | None = None
+) -> None:
     """Shard every block, embedding and head where they are not one, and then the rest of `model` over `mesh`, in place.
 
     Gradients come out as plain sums over ranks, since the loss is already divided by the target count of the whole step. The last
     block, the head and the root stay gathered between forward and backward: they are needed again at once. So does everything on one rank,
-    where gathering is but a cast.
+    where gathering is but a cast. Experts are sharded over `expert_mesh` instead where it is given.
     """
     reshard_after_forward = reshard_after_forward and mesh.size() > 1
     compute, params = torch_dtype(precision.compute), torch_dtype(precision.params)
     policy = MixedPrecisionPolicy(param_dtype=None if compute == params else compute, reduce_dtype=torch_dtype(precision.reduce))
-    blocks = list(model.blocks.values())
+    blocks = list(all_blocks(model))
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward and block is not blocks[-1])
-    if model.head.weight is not model.embedding.weight:
-        fully_shard(model.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-        fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        again = reshard_after_forward and block is not blocks[-1]
+        for module in block.modules() if expert_mesh is not None else ():
+            if isinstance(module, Experts):
+                fully_shard(module, mesh=expert_mesh, mp_policy=policy, reshard_after_forward=again)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+    if model.head is None or model.embedding is None or model.head.weight is not model.embedding.weight:
+        if model.embedding is not None:
+            fully_shard(model.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        if model.head is not None:
+            fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -47,4 +58,4 @@ def release_gathered(model: nn.Module) -> None:
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from llmtrain.compat import concatenate_meshes, flatten_mesh
 from llmtrain.config.train import ParallelConfig
 from llmtrain.device.base import Device
-from llmtrain.layout.mesh import AXES, MeshShape
+from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
 
 
 class Mesh:
@@ -20,17 +21,39 @@ class Mesh:
         self.device = device
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        self.device_mesh: DeviceMesh = init_device_mesh(device.kind, tuple(getattr(shape, axis) for axis in AXES), mesh_dim_names=AXES)
+        # The order of these calls is that of MeshShape.all_groups.
+        self.device_mesh: DeviceMesh = init_device_mesh(device.kind, shape.sizes(AXES), mesh_dim_names=AXES)
+        self.fsdp: DeviceMesh = flatten_mesh(self.device_mesh[FLAT["fsdp"]], "fsdp")
+        self.experts: DeviceMesh | None = None
+        """The axes of EXPERT_AXES; None where experts are shared as all other parameters are."""
+        if shape.ep > 1 or shape.etp > 1:
+            self.experts = init_device_mesh(device.kind, shape.sizes(EXPERT_AXES), mesh_dim_names=EXPERT_AXES)
+
+    def place(self, axis: str) -> int:
+        """Where this rank stands along `axis`."""
+        return self.device_mesh.get_local_rank(axis)
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along `axis` alone."""
+        return self.device_mesh.get_group(axis)
 
     @property
     def data_rank(self) -> int:
         """This rank's place among the `shape.dp` ranks that read different samples."""
-        replica, shard = (self.device_mesh.get_local_rank(axis) for axis in ("dp_replicate", "dp_shard"))
-        return replica * self.shape.dp_shard + shard
+        return self.place("dp_replicate") * self.shape.dp_shard + self.place("dp_shard")
+
+    @property
+    def dense(self) -> DeviceMesh:
+        """The ranks that share the dense parameters of a pipeline stage: dp_replicate x fsdp x tp."""
+        return concatenate_meshes(self.device_mesh["dp_replicate"], self.fsdp, self.device_mesh["tp"])
 
     def fsdp_mesh(self) -> DeviceMesh:
-        """What FSDP2 shards over: dp_shard, with dp_replicate before it when there are replicas."""
-        return self.device_mesh["dp_replicate", "dp_shard"] if self.shape.dp_replicate > 1 else self.device_mesh["dp_shard"]
+        """What FSDP2 shards over: dp_shard x cp, with dp_replicate before it when there are replicas."""
+        return concatenate_meshes(self.device_mesh["dp_replicate"], self.fsdp) if self.shape.dp_replicate > 1 else self.fsdp
+
+    def expert_fsdp_mesh(self) -> DeviceMesh:
+        """What FSDP2 shards experts over."""
+        return self.experts["dp_replicate", "efsdp"] if self.shape.dp_replicate > 1 else self.experts["efsdp"]
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all ranks, in float64 where the device has it."""

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import llmtrain.ops  # noqa: F401 (defines tiled_attention)
+from llmtrain.parallel.blocks import all_blocks
 
 aten = torch.ops.aten
 
@@ -38,6 +39,6 @@ def apply_recompute(model: nn.Module, mode: str) -> None:
     if mode == "none":
         return
     extra = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if mode == "selective" else {}
-    for block in model.blocks.values():
+    for block in all_blocks(model):
         # Nothing in a block draws random numbers, so there is no state to restore.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **extra)

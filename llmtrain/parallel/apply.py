@@ -1,0 +1,76 @@
+"""A model made parallel from outside: one function per axis, in one fixed order."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from llmtrain.config.run import RunConfig
+from llmtrain.device.base import Device
+from llmtrain.device.dtypes import torch_dtype
+from llmtrain.errors import UserError
+from llmtrain.layout.schedule import Schedule
+from llmtrain.model.transformer import cut
+from llmtrain.parallel.cast import apply_cast
+from llmtrain.parallel.compile import apply_compile
+from llmtrain.parallel.cp import ContextParallel, apply_cp
+from llmtrain.parallel.ep import apply_ep
+from llmtrain.parallel.fsdp import apply_fsdp
+from llmtrain.parallel.gradients import partial_over_tp
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.recompute import apply_recompute
+from llmtrain.parallel.tp import apply_tp
+
+
+def build_stages(
+    build: Callable[[], nn.Module], *, schedule: Schedule | None, layers: tuple[int, ...], rank: int
+) -> dict[int, nn.Module]:
+    """The pipeline stages of `rank`, by number: each a model of its own, built on meta, that holds `layers[stage]` blocks.
+
+    Without a schedule the whole model is stage 0. Raises UserError for a model that cannot be cut.
+    """
+    with torch.device("meta"):
+        if schedule is None:
+            return {0: build()}
+        stages = {}
+        for stage in schedule.stages_of(rank):
+            model = stages[stage] = build()
+            if not hasattr(model, "first_stage"):
+                raise UserError(f"parallel.pp: {type(model).__name__} cannot be cut into pipeline stages; set parallel.pp: 1")
+            first = sum(layers[:stage])
+            cut(model, blocks=range(first, first + layers[stage]), first=stage == 0, last=stage == schedule.stages - 1)
+        return stages
+
+
+def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: ContextParallel | None, compiled: bool) -> set[str]:
+    """Make `model` (on meta) run on its part of the mesh, and give it memory; parameter names do not change.
+
+    Returns the names of the parameters whose gradients are partial sums over tp.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    shape, parallel, precision = mesh.shape, cfg.parallel, cfg.precision
+    if shape.tp > 1:
+        apply_tp(model, mesh.device_mesh["tp"], chunks=parallel.tp_chunks)
+    if cp is not None:
+        apply_cp(model, cp)
+    if mesh.experts is not None:
+        apply_ep(model, expert_mesh=mesh.experts, tp_group=mesh.group("tp"))
+    partial = {name for name, parameter in model.named_parameters() if shape.tp > 1 and partial_over_tp(parameter)}
+    if compiled:
+        apply_compile(model)
+    sharded = shape.fsdp * shape.dp_replicate > 1
+    if not sharded and precision.compute != precision.params:
+        apply_cast(model, torch_dtype(precision.compute))
+    apply_recompute(model, cfg.train.recompute)
+    if sharded:
+        apply_fsdp(
+            model,
+            mesh=mesh.fsdp_mesh(),
+            precision=precision,
+            # A pipeline would gather every block again for each micro-batch.
+            reshard_after_forward=parallel.reshard_after_forward and shape.pp == 1,
+            expert_mesh=mesh.expert_fsdp_mesh() if mesh.experts is not None else None,
+        )
+    model.to_empty(device=device.torch_device)
+    assert names == [name for name, _ in model.named_parameters()], "wrapping must not change canonical names"
+    return partial

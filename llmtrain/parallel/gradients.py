@@ -1,0 +1,49 @@
+"""Gradients of one step, put together: sums over ranks that FSDP2 does not make, and the global norm."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llmtrain.parallel.fsdp import local_tensor
+
+SPLIT_BY_TP = ("tp", "ep", "etp")
+"""Axes of a parameter's mesh whose ranks compute its whole gradient: every other parameter's is a partial sum on each rank of tp."""
+
+
+def partial_over_tp(parameter: nn.Parameter) -> bool:
+    """Whether each rank of tp has only a part of this (not yet FSDP-sharded) parameter's gradient."""
+    return not (isinstance(parameter, DTensor) and any(axis in SPLIT_BY_TP for axis in parameter.device_mesh.mesh_dim_names))
+
+
+@torch.no_grad()
+def sum_gradients(gradients: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum local gradients over `group`, in place: one collective per dtype, whatever their number."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for same in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in same])
+        dist.all_reduce(flat, group=group)
+        torch._foreach_copy_(same, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in same]), same)])
+
+
+def holders(parameter: Tensor, ranks: int) -> int:
+    """How many of the `ranks` ranks of a pipeline stage hold the same part of `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return ranks
+    mesh = parameter.device_mesh
+    split = math.prod(mesh.size(axis) for axis, placement in enumerate(parameter.placements) if not placement.is_replicate())
+    return ranks // split
+
+
+def square_sum(gradients: Sequence[Tensor], held_by: Sequence[int]) -> float:
+    """This rank's share of the squared norm: gradients that `held_by[i]` ranks hold count for one."""
+    total = 0.0
+    for count in sorted(set(held_by)):
+        norm = torch.nn.utils.get_total_norm([g for g, n in zip(gradients, held_by) if n == count])
+        total += norm.item() ** 2 / count
+    return total

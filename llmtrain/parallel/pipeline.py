@@ -1,0 +1,188 @@
+"""Carries out the action lists of `layout/schedule.py`: the stages of a pipeline, micro-batch by micro-batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from llmtrain.compat import reduce_fsdp_gradients, split_backward
+from llmtrain.layout.schedule import Action, Schedule, with_communication
+
+Forward = Callable[[int, int, Tensor | None], Tensor]
+"""(stage, micro-batch, hidden states from the stage before or None) -> hidden states, or the last stage's scalar to minimise."""
+
+
+class _Kept(NamedTuple):
+    """What a forward pass leaves for its backward pass."""
+
+    entered: Tensor | None
+    left: Tensor
+
+
+class Pipeline:
+    """The stages that this rank holds, and the ranks that hold the others.
+
+    Each stage is an FSDP root of its own, or plain. Gradients of a stage are reduced over data-parallel ranks once, when its last
+    backward pass of the step is done.
+    """
+
+    def __init__(self, parts: dict[int, nn.Module], *, group: dist.ProcessGroup, device: torch.device):
+        self.parts, self.group, self.device = parts, group, device
+
+    def run(
+        self, schedule: Schedule, forward: Forward, *, shape: Callable[[int], Sequence[int]], dtype: torch.dtype, backward: bool = True
+    ) -> dict[int, Tensor]:
+        """Run `schedule` with this rank's part of it; returns what the last stage gave, by micro-batch: {} on ranks without it.
+
+        `shape(m)` is the shape of hidden states of micro-batch m between stages, `dtype` their format. Without `backward` every
+        micro-batch only goes forward, in an order that is right for any number of them, and no gradient is kept.
+        """
+        run = _Run(self, schedule, forward, shape=shape, dtype=dtype, backward=backward)
+        rank = dist.get_rank(self.group)
+        actions = with_communication(schedule)[rank] if backward else forward_only(schedule, rank)
+        for part in self.parts.values() if backward else ():
+            if isinstance(part, FSDPModule):
+                part.set_is_last_backward(False)
+                part.set_reshard_after_backward(False)
+                part.set_requires_gradient_sync(False)
+        for action in actions:
+            run.do(action)
+        run.finish()
+        for part in self.parts.values() if backward else ():
+            if isinstance(part, FSDPModule):
+                reduce_fsdp_gradients(part)
+        return run.results
+
+
+def forward_only(schedule: Schedule, rank: int) -> list[Action]:
+    """The forward passes of `rank`: p micro-batches at a time through one stage after the other, which all ranks order alike."""
+    stages, ranks = schedule.stages_of(rank), schedule.ranks
+    order = sorted((m // ranks, stage, m) for stage in stages for m in range(schedule.micro_batches))
+    actions = []
+    for _, stage, m in order:
+        before, after = stage - 1, stage + 1
+        if before >= 0 and schedule.stage_rank(before) != rank:
+            actions.append(Action("RECV_F", stage, m))
+        actions.append(Action("F", stage, m))
+        if after < schedule.stages and schedule.stage_rank(after) != rank:
+            actions.append(Action("SEND_F", stage, m))
+    return actions
+
+
+class _Run:
+    """One pass over a schedule."""
+
+    def __init__(self, pipeline: Pipeline, schedule: Schedule, forward: Forward, *, shape: Callable, dtype: torch.dtype, backward: bool):
+        self.pipeline, self.schedule, self.forward = pipeline, schedule, forward
+        self.shape, self.dtype, self.backward = shape, dtype, backward
+        self.results: dict[int, Tensor] = {}
+        self._kept: dict[tuple[int, int], _Kept] = {}
+        self._weights: dict[tuple[int, int], Any] = {}
+        self._arriving: dict[tuple[str, int, int], tuple[Tensor, list]] = {}
+        self._ready: dict[tuple[str, int, int], Tensor] = {}
+        self._sent: list[tuple[Tensor, list]] = []
+
+    def do(self, action: Action) -> None:
+        """Carry out one action; a pair that may overlap is done one after the other."""
+        for part in getattr(action, "parts", None) or (action,):
+            key = part.stage, part.micro_batch
+            match part.kind:
+                case "F":
+                    self._forward(*key)
+                case "B":
+                    self._backward(*key)
+                case "I":
+                    self._backward_inputs(*key)
+                case "W":
+                    self._backward_weights(*key)
+                case "SEND_F":
+                    self._send(self._ready.pop(("F", part.stage + 1, part.micro_batch)), part.stage + 1)
+                case "RECV_F":
+                    self._receive("F", *key, source=part.stage - 1)
+                case "SEND_B":
+                    self._send(self._ready.pop(("B", part.stage - 1, part.micro_batch)), part.stage - 1)
+                case "RECV_B":
+                    self._receive("B", *key, source=part.stage + 1)
+
+    def finish(self) -> None:
+        """Wait until everything sent has arrived."""
+        for _, works in self._sent:
+            _wait(works)
+
+    # --- computing ----------------------------------------------------------------------------------------------------------------
+
+    def _forward(self, stage: int, micro: int) -> None:
+        entered = None if stage == 0 else self._take("F", stage, micro)
+        if entered is not None and self.backward:
+            entered.requires_grad_()
+        left = self.forward(stage, micro, entered)
+        if stage == self.schedule.stages - 1:
+            self.results[micro] = left.detach()
+        else:
+            self._ready["F", stage + 1, micro] = left.detach()
+        if self.backward:
+            self._kept[stage, micro] = _Kept(entered, left)
+
+    def _slope(self, stage: int, micro: int) -> Tensor | None:
+        return None if stage == self.schedule.stages - 1 else self._take("B", stage, micro)
+
+    def _backward(self, stage: int, micro: int) -> None:
+        kept, slope = self._kept.pop((stage, micro)), self._slope(stage, micro)
+        torch.autograd.backward(kept.left, slope)
+        self._hand_back(stage, micro, kept)
+
+    def _backward_inputs(self, stage: int, micro: int) -> None:
+        kept, slope = self._kept.pop((stage, micro)), self._slope(stage, micro)
+        if kept.entered is None:  # the first stage has no inputs to differentiate: all of it waits for W
+            self._weights[stage, micro] = (kept.left, slope)
+            return
+        for_inputs, _ = split_backward()
+        slopes = None if slope is None else [slope]
+        _, groups = for_inputs([kept.left], slopes, [kept.entered], self.pipeline.parts[stage].parameters())
+        self._weights[stage, micro] = groups
+        self._hand_back(stage, micro, kept)
+
+    def _backward_weights(self, stage: int, micro: int) -> None:
+        waiting = self._weights.pop((stage, micro))
+        if isinstance(waiting, tuple):
+            torch.autograd.backward(*waiting)
+            return
+        _, for_weights = split_backward()
+        for_weights(self.pipeline.parts[stage].parameters(), waiting)
+
+    def _hand_back(self, stage: int, micro: int, kept: _Kept) -> None:
+        if kept.entered is not None:
+            self._ready["B", stage - 1, micro] = kept.entered.grad
+            kept.entered.grad = None
+
+    # --- moving -------------------------------------------------------------------------------------------------------------------
+
+    def _take(self, kind: str, stage: int, micro: int) -> Tensor:
+        """What `stage` needs for a pass of `kind`: from another rank, or left here by a stage of this one."""
+        arriving = self._arriving.pop((kind, stage, micro), None)
+        if arriving is None:
+            return self._ready.pop((kind, stage, micro))
+        tensor, works = arriving
+        _wait(works)
+        return tensor
+
+    def _receive(self, kind: str, stage: int, micro: int, *, source: int) -> None:
+        tensor = torch.empty(tuple(self.shape(micro)), dtype=self.dtype, device=self.pipeline.device)
+        self._arriving[kind, stage, micro] = tensor, self._transfer(dist.irecv, tensor, source)
+
+    def _send(self, tensor: Tensor, stage: int) -> None:
+        tensor = tensor.contiguous()
+        self._sent.append((tensor, self._transfer(dist.isend, tensor, stage)))
+        self._sent = [sent for sent in self._sent if not all(work.is_completed() for work in sent[1])]
+
+    def _transfer(self, op: Callable, tensor: Tensor, stage: int) -> list:
+        group, peer = self.pipeline.group, self.schedule.stage_rank(stage)
+        return dist.batch_isend_irecv([dist.P2POp(op, tensor, group=group, group_peer=peer)])
+
+
+def _wait(works: list) -> None:
+    for work in works:
+        work.wait()
