@@ -74,14 +74,14 @@ def over(base: Layer, top: Layer) -> Layer:
 
 
 def _lay(result: Layer, top: Layer, path: Path, values: dict[str, Any]) -> None:
-    from llmtrain.config.fields import is_union
+    from llmtrain.config.fields import default_at, is_union
 
     for key, value in values.items():
         here = (*path, key)
         old = result.get(path).get(key)
         merges = isinstance(value, dict) and isinstance(old, dict)
-        if merges and "kind" in value and value["kind"] != old.get("kind", value["kind"]) and is_union(here):
-            merges = False
+        if merges and "kind" in value and is_union(here):
+            merges = value["kind"] == old.get("kind", getattr(default_at(here), "kind", value["kind"]))
         if merges:
             result.origin.setdefault(here, top.origin.get(here, ""))
             _lay(result, top, here, value)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from llmtrain.config.base import Section
 
@@ -48,13 +48,48 @@ class FFNConfig(Section):
     """The dense feed-forward branch."""
 
     kind: Literal["dense"] = "dense"
-    """The feed-forward family."""
+    """The feed-forward family; `moe` is a mixture of experts."""
     hidden: PositiveInt = 1024
     """Width F of the hidden layer."""
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """`swiglu`: silu(x Wg) * (x Wu) Wd. `gelu`: gelu(x Wu) Wd (tanh form)."""
     bias: bool = False
     """Biases on all projections."""
+
+
+class MoEConfig(Section):
+    """A mixture of experts in place of the dense branch: every token goes to a few of many feed-forward networks."""
+
+    kind: Literal["moe"]  # no default, so that the JSON schema does not take a section without `kind` for this one
+    """The feed-forward family."""
+    experts: PositiveInt = 8
+    """Experts E of every block."""
+    top_k: PositiveInt = 2
+    """Experts that a token goes to: those with the highest router probabilities, of equal ones the first."""
+    hidden: PositiveInt = 1024
+    """Width F of one expert's hidden layer."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """`swiglu`: silu(x Wg) * (x Wu) Wd. `gelu`: gelu(x Wu) Wd (tanh form)."""
+    renormalise: bool = True
+    """Divide the chosen probabilities by their sum (Mixtral, Qwen3)."""
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> "MoEConfig":
+        if self.top_k > self.experts:
+            raise ValueError(f"model.ffn.top_k {self.top_k} is more than model.ffn.experts {self.experts}")
+        return self
+
+
+FeedForward = Annotated[FFNConfig | MoEConfig, Field(discriminator="kind")]
+
+
+class MTPConfig(Section):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): heads that predict tokens after the next one, in training."""
+
+    heads: NonNegativeInt = 0
+    """Heads, each a block of its own; head n predicts the token n + 1 places ahead. 0 is none."""
+    loss_weight: NonNegativeFloat = 0.3
+    """Weight of the mean of their losses beside the loss of the next token."""
 
 
 class YarnConfig(Section):
@@ -144,7 +179,7 @@ class ModelConfig(Section):
     """Longest sequence the model promises to serve; the number of learned positions."""
     attention: AttentionConfig = AttentionConfig()
     """Attention of every block."""
-    ffn: FFNConfig = FFNConfig()
+    ffn: FeedForward = FFNConfig()
     """Feed-forward branch of every block."""
     norm: NormConfig = NormConfig()
     """Normalisation."""
@@ -154,6 +189,13 @@ class ModelConfig(Section):
     """Initial weights."""
     tie_embeddings: bool = False
     """The output head shares the token embedding."""
+    mtp: MTPConfig = MTPConfig()
+    """Multi-token prediction."""
+
+    @field_validator("ffn", mode="before")
+    @classmethod
+    def _dense_unless_said(cls, value: Any) -> Any:
+        return {"kind": "dense", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="before")
     @classmethod

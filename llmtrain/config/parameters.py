@@ -11,15 +11,14 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     """Exact number of parameters by part.
 
     Returns:
-        `embedding` (tokens and learned positions), `attention`, `ffn`, `norms`, `head` (0 if tied), `total`, and `without embeddings`
-        (total less embedding and head).
+        `embedding` (tokens and learned positions), `attention`, `ffn` (routers and all experts), `norms`, `head` (0 if tied), `mtp` (what
+        the heads of multi-token prediction add), `total`, `without embeddings` (total less embedding and head), and `active`: total less
+        the experts that a token does not go to.
 
     Raises:
         ConfigError: model.vocab_size is not set.
     """
-    if model.vocab_size is None:
-        raise ConfigError("model.vocab_size: null has no parameter count; give it, or tokenizer.path so that it is read from the tokenizer")
-    table = model.vocab_size * model.hidden
+    table = _table(model)
     positions = model.max_seq_len * model.hidden if model.position.kind == "learned" else 0
     parts = {
         "embedding": table + positions,
@@ -27,9 +26,17 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
         "ffn": model.layers * ffn_parameters(model),
         "norms": norm_parameters(model),
         "head": 0 if model.tie_embeddings else table,
+        "mtp": model.mtp.heads * mtp_parameters(model),
     }
     total = sum(parts.values())
-    return parts | {"total": total, "without embeddings": total - parts["embedding"] - parts["head"]}
+    idle = (model.layers + model.mtp.heads) * (ffn_parameters(model) - active_ffn_parameters(model))
+    return parts | {"total": total, "without embeddings": total - parts["embedding"] - parts["head"], "active": total - idle}
+
+
+def _table(model: ModelConfig) -> int:
+    if model.vocab_size is None:
+        raise ConfigError("model.vocab_size: null has no parameter count; give it, or tokenizer.path so that it is read from the tokenizer")
+    return model.vocab_size * model.hidden
 
 
 def attention_parameters(model: ModelConfig) -> int:
@@ -41,21 +48,55 @@ def attention_parameters(model: ModelConfig) -> int:
 
 
 def ffn_parameters(model: ModelConfig) -> int:
-    """Of one block: two projections, three with a gate."""
-    gates = 2 if model.ffn.activation == "swiglu" else 1
-    biases = (gates * model.ffn.hidden + model.hidden) * model.ffn.bias
-    return (gates + 1) * model.hidden * model.ffn.hidden + biases
+    """Of one block: two projections, three with a gate; of a mixture of experts as many for each of them, and the router."""
+    ffn = model.ffn
+    if ffn.kind == "moe":
+        return ffn.experts * (model.hidden + expert_parameters(model))
+    biases = ((_projections(model) - 1) * ffn.hidden + model.hidden) * ffn.bias
+    return _projections(model) * model.hidden * ffn.hidden + biases
+
+
+def active_ffn_parameters(model: ModelConfig) -> int:
+    """Of one block, those that take part in the computation of one token."""
+    idle = (model.ffn.experts - model.ffn.top_k) * expert_parameters(model) if model.ffn.kind == "moe" else 0
+    return ffn_parameters(model) - idle
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Of one expert."""
+    return _projections(model) * model.hidden * model.ffn.hidden
+
+
+def _projections(model: ModelConfig) -> int:
+    return 3 if model.ffn.activation == "swiglu" else 2
 
 
 def norm_parameters(model: ModelConfig) -> int:
-    """Of the whole model: two per block, four in a sandwich, and the final one; LayerNorm has a bias besides."""
-    per_block = 2 if model.norm.placement == "pre" else 4
-    vectors = 2 if model.norm.kind == "layer_norm" else 1
-    return (per_block * model.layers + 1) * vectors * model.hidden
+    """Of the whole model without heads of multi-token prediction: those of the blocks, and the final one."""
+    return model.layers * _block_norms(model) + _norm_width(model)
+
+
+def _block_norms(model: ModelConfig) -> int:
+    """Two norms per block, four in a sandwich."""
+    return (2 if model.norm.placement == "pre" else 4) * _norm_width(model)
+
+
+def _norm_width(model: ModelConfig) -> int:
+    """LayerNorm has a bias besides."""
+    return (2 if model.norm.kind == "layer_norm" else 1) * model.hidden
+
+
+def mtp_parameters(model: ModelConfig) -> int:
+    """Of one head of multi-token prediction: two norms, the projection [2D -> D] and a block; embedding, final norm and head are shared."""
+    block = attention_parameters(model) + ffn_parameters(model) + _block_norms(model)
+    return 2 * _norm_width(model) + 2 * model.hidden**2 + block
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
     """FLOPs of forward and backward pass per token, for MFU: 6 per matmul parameter, the head included, plus attention.
+
+    Of a mixture of experts, those that a token goes to count. A head of multi-token prediction adds a projection, a block and another
+    pass of the output head.
 
     Args:
         model: the model.
@@ -64,18 +105,19 @@ def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = True) ->
             whatever the mask, the convention of PaLM (arXiv 2204.02311, appendix B: 6 N + 12 L H Q T) and of Megatron-LM, which
             gives a higher MFU for the same speed. Recomputed activations count in neither.
     """
-    head = count_parameters(model)["head"] or model.vocab_size * model.hidden
-    weights = matmul_parameters(model) + head
+    head, extra = _table(model), model.mtp.heads
+    weights = matmul_parameters(model) + (1 + extra) * head + extra * 2 * model.hidden**2
     keys = mean_keys(model, seq_len) if causal else seq_len
-    return 6.0 * weights + 12.0 * model.layers * model.attention.heads * model.head_dim * keys
+    return 6.0 * weights + 12.0 * (model.layers + extra) * model.attention.heads * model.head_dim * keys
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Weights of all blocks that multiply activations: no biases, no norms, no embedding, no head."""
+    """Weights of all blocks, those of multi-token prediction included, that multiply one token's activations: no biases, norms, tables."""
     a = model.attention
     heads = model.head_dim * (2 * a.heads + 2 * model.kv_heads)
-    gates = 3 if model.ffn.activation == "swiglu" else 2
-    return model.layers * model.hidden * (heads + gates * model.ffn.hidden)
+    copies, router = (model.ffn.top_k, model.ffn.experts) if model.ffn.kind == "moe" else (1, 0)
+    block = model.hidden * (heads + router) + copies * expert_parameters(model)
+    return (model.layers + model.mtp.heads) * block
 
 
 def mean_keys(model: ModelConfig, seq_len: int) -> float:
@@ -99,20 +141,29 @@ def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
     """Bytes on one rank by part, in closed form; a lower bound, as the activations inside a block depend on kernels and recomputation.
 
     Args:
-        run: the run; parameters, gradients and moments are divided over dp_shard x tp x pp.
+        run: the run; parameters, gradients and moments are divided over dp_shard x cp x tp x pp.
         world: number of ranks, from which dp_shard -1 follows.
     """
     p, model, train = run.parallel, run.model, run.train
     shard = p.dp_shard if p.dp_shard != -1 else max(1, world // (p.pp * p.dp_replicate * p.cp * p.tp))
-    counts, split = count_parameters(model), shard * p.tp * p.pp
-    largest = max(attention_parameters(model) + ffn_parameters(model), counts["head"] or counts["embedding"])
+    counts, split = count_parameters(model), shard * p.cp * p.tp * p.pp
+    largest = max(_block_held(run), (counts["head"] or counts["embedding"]) / p.tp)
     compute, seq_len = BYTES[run.precision.compute], max([x.seq_len or train.seq_len for x in train.phases] or [train.seq_len])
     parts = {
         "parameters": counts["total"] * BYTES[run.precision.params] / split,
         "gradients": counts["total"] * BYTES[run.precision.accumulate] / split,
         "optimizer moments": 2 * counts["total"] * BYTES[run.precision.optimizer] / split,
-        "gathered layers": 2 * largest * compute / p.tp if shard > 1 else 0.0,
+        "gathered layers": 2 * largest * compute if shard * p.cp > 1 else 0.0,
         "logits of one chunk": 2 * loss_rows(model.vocab_size, train.loss_chunk) * model.vocab_size * 4 / p.tp,
         "block inputs": model.layers / p.pp * train.micro_batch * seq_len / p.cp * model.hidden * compute,
     }
     return parts | {"total without activations inside blocks": sum(parts.values())}
+
+
+def _block_held(run: RunConfig) -> float:
+    """Parameters of one block that a rank computes with: tp shares attention and dense branch, ep (and etp) the experts."""
+    p, model = run.parallel, run.model
+    attention = attention_parameters(model) / p.tp
+    if model.ffn.kind != "moe":
+        return attention + ffn_parameters(model) / p.tp
+    return attention + model.hidden * model.ffn.experts + model.ffn.experts * expert_parameters(model) / (p.ep * p.etp)

@@ -73,27 +73,28 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
+    def weights(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The stacks of gate (None without one), up and down projections, as plain tensors: where they are sharded, this is replaced."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        up = self.ops.grouped_mm(rows, self.up_proj, counts)
-        if self.gate_proj is None:
-            inner = self.ops.gelu(up)
-        else:
-            inner = self.ops.swiglu(self.ops.grouped_mm(rows, self.gate_proj, counts), up)
-        return self.ops.grouped_mm(inner, self.down_proj, counts)
+        gate_proj, up_proj, down_proj = self.weights()
+        up = self.ops.grouped_mm(rows, up_proj, counts)
+        inner = self.ops.gelu(up) if gate_proj is None else self.ops.swiglu(self.ops.grouped_mm(rows, gate_proj, counts), up)
+        return self.ops.grouped_mm(inner, down_proj, counts)
 
 
-class RoutedExperts(nn.Module):
-    """forward(x [N,D], probs [N,k], ids [N,k]) -> [N,D]: sum over k of probs * expert(x).
+class RoutedExperts:
+    """Called with x [N,D], probs [N,k], ids [N,k] -> [N,D]: sum over k of probs * expert(x).
 
-    A schedule that interleaves two micro-batches calls `dispatcher` and `experts` itself instead of `forward`. A fused
-    implementation replaces this whole module by one of the same forward.
+    A schedule that interleaves two micro-batches calls `dispatcher` and `experts` itself instead. A fused implementation is
+    another callable of the same arguments. Not a module: the layer that has it owns the experts.
     """
 
     def __init__(self, experts: nn.Module, dispatcher: Dispatcher):
-        super().__init__()
         self.experts, self.dispatcher = experts, dispatcher
 
-    def forward(self, x: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
         arrived = self.dispatcher.wait(self.dispatcher.start(x, probs, ids))
         results = self.experts(arrived.rows, arrived.counts)
         return self.dispatcher.combine_wait(self.dispatcher.combine_start(results, arrived.combine))

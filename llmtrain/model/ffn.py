@@ -1,8 +1,9 @@
-"""The dense feed-forward branch."""
+"""The feed-forward branch."""
 
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.model.moe import MoE
 
 
 class SwiGLU(nn.Module):
@@ -33,5 +34,7 @@ class GELU(nn.Module):
 
 
 def build_ffn(cfg: ModelConfig, *, ops) -> nn.Module:
-    """The branch that `model.ffn.activation` names."""
+    """The branch that `model.ffn.kind` and `activation` name."""
+    if cfg.ffn.kind == "moe":
+        return MoE(cfg, ops=ops)
     return (SwiGLU if cfg.ffn.activation == "swiglu" else GELU)(cfg, ops=ops)

@@ -1,7 +1,7 @@
 """Initial weights, the same whatever the mesh."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -12,7 +12,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.convert.placed import held
 from llmtrain.model.draw import normals
 
-_RESIDUAL_OUTPUTS = ("out_proj.weight", "down_proj.weight")
+_RESIDUAL_OUTPUTS = ("out_proj.weight", "down_proj.weight", "experts.down_proj")
 _EMBEDDINGS = ("embedding.weight", "position_embedding.weight")
 _DRAW = 1 << 20  # elements drawn at once, to bound memory
 
@@ -75,26 +75,33 @@ def _vector_value(cfg: ModelConfig, name: str) -> float:
 
 
 def _fill_normal(param: Tensor, seed: int, name: str, std: float) -> None:
-    local = _local(param)  # [rows, ...] of the global [R, ...]
+    local = _local(param)
     if local.numel() == 0:
         return
-    rows, columns = held(param)[:2]
-    inner = math.prod(param.shape[2:])
-    width = param.shape[1] * inner  # elements per global row
-    whole = len(columns) == param.shape[1]
+    # All dims but the last are rows, so that only those held are drawn of a stack of matrices that is sharded in its middle.
+    *lead, columns = held(param)
+    rows, width = _flat_rows(lead, param.shape[:-1]), param.shape[-1]
+    local = local.view(len(rows), len(columns))
+    whole = len(columns) == width
     step = max(1, _DRAW // width)
     for at in range(0, len(rows), step):
-        run = rows[at : at + step]
-        drawn = torch.cat([_rows(seed, name, first, last, width) for first, last in _runs(run)])
-        drawn = drawn.view(len(run), *param.shape[1:])
+        drawn = torch.cat([_rows(seed, name, first, last, width) for first, last in _runs(rows[at : at + step])])
         local[at : at + step].copy_((drawn if whole else drawn[:, columns]) * std)
+
+
+def _flat_rows(lead: list[list[int] | range], shape: Sequence[int]) -> Sequence[int]:
+    """Rows of a tensor of leading dims `shape`, flattened, that hold the indices `lead` of each of these dims; sorted."""
+    flat: Sequence[int] = lead[0]
+    for indices, size in zip(lead[1:], shape[1:]):
+        flat = [row * size + index for row in flat for index in indices]
+    return flat
 
 
 def _rows(seed: int, name: str, first: int, last: int, width: int) -> Tensor:
     return torch.from_numpy(normals(seed, name, first * width, last * width)).view(-1, width)
 
 
-def _runs(indices: list[int]) -> list[tuple[int, int]]:
+def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
     """Sorted indices as half-open ranges: [3, 4, 5, 8] -> [(3, 6), (8, 9)]."""
     breaks = [0, *(i for i in range(1, len(indices)) if indices[i] != indices[i - 1] + 1), len(indices)]
     return [(indices[a], indices[b - 1] + 1) for a, b in pairwise(breaks)]
@@ -137,7 +144,7 @@ def set_post_norm_gamma(model: nn.Module, c_attention: float, c_ffn: float) -> N
     """Set every post-norm gamma to c / sqrt(L), L being the layers of the whole model; raises ValueError if it has no post norms."""
     _require_post_norms(model)
     root = math.sqrt(model.cfg.layers)  # a pipeline stage holds fewer
-    for block in model.blocks.values():
+    for block in (*model.blocks.values(), *(head.block for head in getattr(model, "mtp", None) or ())):
         _local(block.post_attention_norm.weight).fill_(c_attention / root)
         _local(block.post_ffn_norm.weight).fill_(c_ffn / root)
 

@@ -8,5 +8,11 @@ Objective = Callable[[dict[str, Tensor]], Tensor]
 
 
 def cross_entropy(outputs: dict[str, Tensor]) -> Tensor:
-    """The summed cross-entropy over target tokens, a scalar."""
-    return outputs["ce_sum"]
+    """The summed cross-entropy over target tokens, a scalar; with heads of multi-token prediction plus their weighted sums.
+
+    ce_sum + loss_weight / heads * mtp_ce_sum. The engine divides all of it by one number, the targets of the next token in the whole step,
+    although a head has slightly fewer targets of its own: the last ones of a document have none.
+    """
+    if "mtp_ce_sum" not in outputs:
+        return outputs["ce_sum"]
+    return outputs["ce_sum"] + outputs["mtp_weight"] * outputs["mtp_ce_sum"]

@@ -1,5 +1,6 @@
 """The decoder-only transformer: embedding, blocks, final norm, head."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from llmtrain.model.block import Block
 from llmtrain.model.cache import KVCache
 from llmtrain.model.family import register_family
 from llmtrain.model.head import Head
+from llmtrain.model.mtp import build_mtp
 from llmtrain.model.norm import build_norm
 from llmtrain.model.rope import Rope
 
@@ -21,7 +23,7 @@ class Transformer(nn.Module):
 
     Parameters are left empty: `initialise` fills them after the model is on its device. A family that differs in its blocks alone
     derives from this and sets `block`. A pipeline stage is one with parts missing (`cut`): `embedding`, `position_embedding`,
-    `final_norm` and `head` may be None, and `blocks` holds some blocks under their numbers in the whole model.
+    `final_norm`, `head` and `mtp` may be None, and `blocks` holds some blocks under their numbers in the whole model.
     Raises ValueError if `model.vocab_size` is not set.
     """
 
@@ -40,6 +42,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleDict({str(i): self.block(cfg, ops=ops) for i in range(cfg.layers)})
         self.final_norm = build_norm(cfg.norm, cfg.hidden, ops=ops)
         self.head = Head(cfg.vocab_size, cfg.hidden, ops=ops, loss_chunk=loss_chunk)
+        self.mtp = build_mtp(cfg, ops=ops, block=self.block)
         self._tie()
 
     def forward(
@@ -52,6 +55,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         last: int | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
+        ahead: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> dict[str, Tensor]:
         """One pass over tokens [B,S] (int64); on a stage that is not the first, over the hidden states [B,S',D] of the one before it.
 
@@ -60,6 +64,10 @@ class Transformer(nn.Module):
         a cache and no more); a stage that is not the last returns {"hidden": [B,S',D]}. A `cache` takes causal masks without documents.
         `rope` is what `rotation` gave for the same positions, where several stages share it. S' may be a part of S that was cut from
         outside; positions and rope are those of the whole S.
+
+        `ahead` holds per head of multi-token prediction its tokens and targets, each [B,S] (llmtrain.data.shifted). With it the result also
+        has "mtp_ce_sum", the cross-entropy of all heads summed over their targets, and "mtp_weight", loss_weight / heads; without it,
+        as in evaluation and generation, the heads do not run.
         """
         mask = self._mask(mask, cache)
         if positions is None and self.first_stage:
@@ -71,7 +79,11 @@ class Transformer(nn.Module):
             rope = self.rotation(positions, x.dtype)
         for name, block in self.blocks.items():
             x = block(x, rope=rope, mask=mask, cache=cache.layer(name) if cache is not None else None)
-        return self._finish(x, targets, last) if self.last_stage else {"hidden": x}
+        if not self.last_stage:
+            return {"hidden": x}
+        extra = self._look_ahead(x, ahead, rope=rope, mask=mask) if ahead else {}
+        x = self.final_norm(x if last is None else x[:, x.shape[1] - last :])
+        return ({"logits": self.head(x)} if targets is None else {"ce_sum": self.head(x, targets)}) | extra
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens [B,S] and positions [B or 1,S] -> the residual stream [B,S,D] before the first block."""
@@ -86,9 +98,15 @@ class Transformer(nn.Module):
             raise ValueError("a stage that is not the first needs `positions` or `rope`: its input may be a part of the sequence")
         return self.rope(positions, dtype)
 
-    def _finish(self, x: Tensor, targets: Tensor | None, last: int | None) -> dict[str, Tensor]:
-        x = self.final_norm(x if last is None else x[:, x.shape[1] - last :])
-        return {"logits": self.head(x)} if targets is None else {"ce_sum": self.head(x, targets)}
+    def _look_ahead(self, x: Tensor, ahead: Sequence[tuple[Tensor, Tensor]], **block) -> dict[str, Tensor | float]:
+        heads = self.cfg.mtp.heads
+        if len(ahead) != heads:
+            raise ValueError(f"`ahead` holds {len(ahead)} pairs of tokens and targets, but model.mtp.heads is {heads}")
+        sums = []
+        for head, (tokens, targets) in zip(self.mtp, ahead):
+            x = head(x, self.embedding(tokens), **block)
+            sums.append(self.head(self.final_norm(x), targets))
+        return {"mtp_ce_sum": sum(sums[1:], sums[0]), "mtp_weight": self.cfg.mtp.loss_weight / heads}
 
     def set_rope_base(self, base: float) -> None:
         """Use another RoPE base from the next forward pass on; no parameter changes."""
@@ -116,18 +134,18 @@ class Transformer(nn.Module):
 def cut(model: Transformer, *, blocks: range, first: bool, last: bool) -> None:
     """Drop, in place, what a pipeline stage with the blocks of these numbers does not hold; names do not change.
 
-    `first` keeps the embeddings, `last` the final norm and the head. A last stage of a model with tied embeddings keeps `embedding` as
-    well, as its weight is the head's.
+    `first` keeps the embeddings, `last` the final norm, the head and the heads of multi-token prediction. A last stage keeps `embedding`
+    as well if it is tied to the head, or if there are such heads, which embed the tokens ahead.
     """
     model.first_stage, model.last_stage = first, last
     for name in [name for name in model.blocks if int(name) not in blocks]:
         del model.blocks[name]
     if not first:
         model.position_embedding = None
-    if not (first or (last and model.cfg.tie_embeddings)):
+    if not (first or (last and (model.cfg.tie_embeddings or model.mtp is not None))):
         model.embedding = None
     if not last:
-        model.final_norm = model.head = None
+        model.final_norm = model.head = model.mtp = None
 
 
 def _positions(cfg: ModelConfig) -> nn.Embedding:

@@ -42,7 +42,8 @@ def grouped_mm_padded(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def _supports_torch(call: Call) -> str | None:
     if call.device == "cuda" and (call.dtype != torch.bfloat16 or (call.capability or (0, 0)) < (8, 0)):
         return "needs bfloat16 and compute capability 8.0 on cuda"
-    return None
+    uneven = [width for width in call.expert_widths if width * call.dtype.itemsize % 16]
+    return f"needs widths of a multiple of 16 bytes, {uneven[0]} elements are {uneven[0] * call.dtype.itemsize} bytes" if uneven else None
 
 
 def _probe_torch() -> str | None:

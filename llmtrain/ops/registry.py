@@ -41,6 +41,7 @@ class Call:
     window: int | None = None
     offsets: bool = False
     return_lse: bool = False
+    expert_widths: tuple[int, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -36,6 +36,7 @@ def op_call(cfg: RunConfig, device: Device) -> Call:
         kv_heads=model.kv_heads,
         documents=cfg.data.document_mask,
         window=model.attention.window,
+        expert_widths=(model.hidden, model.ffn.hidden // cfg.parallel.etp) if model.ffn.kind == "moe" else (),
     )
 
 
