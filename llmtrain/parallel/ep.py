@@ -1,0 +1,272 @@
+"""Expert parallelism: every rank of a group holds some experts of each layer, and tokens travel to them and back.
+
+Shapes: N tokens of this rank, k experts of each, E experts, M rows that arrived here, D model width, W width of what is sent.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from llmtrain.errors import UserError
+from llmtrain.model.experts import Dispatched, Experts, RoutedExperts
+from llmtrain.model.moe import MoE
+
+
+class Arriving(NamedTuple):
+    """Rows on their way to the experts."""
+
+    transfer: "Transfer"
+    buffer: Tensor
+    """[M,W], filled when the transfer has been waited for."""
+    received: Tensor
+    """[ranks, experts held here] int64: rows from each rank for each expert."""
+    order: Tensor
+    probs: Tensor
+
+
+class Return(NamedTuple):
+    """How results find back: what `wait` leaves for `combine_start`."""
+
+    arriving: list[int]
+    sent: list[int]
+    back: Tensor
+    """[M]: the rows sorted by expert in the order in which they arrived."""
+    order: Tensor
+    probs: Tensor
+
+
+@dataclass
+class AllToAllDispatcher:
+    """Experts shared out over the ranks of `group` in equal runs: rank r holds experts r E / ranks to (r + 1) E / ranks - 1.
+
+    `start` sorts the rows by expert, tells the other ranks how many come (one small all-to-all, waited for, as the sizes are needed on
+    the host) and sends them asynchronously; `wait` gives them sorted by expert, then by source rank, then by token, so that sums are
+    made in one order. The backward pass sends gradients the other way, as asynchronously: between the backwards of `wait` and of `start`
+    whatever was computed between the two in the forward pass is differentiated.
+    """
+
+    group: dist.ProcessGroup
+    experts: int
+    ops: Any
+
+    def start(self, x: Tensor, probs: Tensor, ids: Tensor) -> Arriving:
+        rows, order, counts = self.ops.permute(x, ids, self.experts)  # [N k,W], sorted by expert and so by rank
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts, group=self.group)
+        by_rank = torch.stack((received, counts)).view(2, self.group.size(), -1)
+        arriving, sent = by_rank.sum(2).tolist()
+        transfer = Transfer(self.group, sent, arriving)
+        return Arriving(transfer, transfer.start(rows), by_rank[0], order, probs)
+
+    def wait(self, handle: Arriving) -> Dispatched:
+        rows, received = handle.transfer.wait(handle.buffer), handle.received
+        held = torch.arange(received.shape[1], device=rows.device).repeat(len(received))
+        by_expert = held.repeat_interleave(received.flatten(), output_size=len(rows)).argsort(stable=True)
+        back = _inverse(by_expert)
+        transfer = handle.transfer
+        combine = Return(transfer.arriving, transfer.sent, back, handle.order, handle.probs)
+        return Dispatched(_Reorder.apply(rows, by_expert, back), received.sum(0), combine)
+
+    def combine_start(self, rows: Tensor, combine: Return) -> tuple["Transfer", Tensor, Return]:
+        transfer = Transfer(self.group, combine.arriving, combine.sent)
+        return transfer, transfer.start(_Reorder.apply(rows, combine.back, _inverse(combine.back))), combine
+
+    def combine_wait(self, handle: tuple["Transfer", Tensor, Return]) -> Tensor:
+        transfer, buffer, combine = handle
+        return self.ops.unpermute(transfer.wait(buffer), combine.order, combine.probs)
+
+
+@dataclass
+class Transfer:
+    """One asynchronous all-to-all of rows: `sent[r]` of them to rank r, `arriving[r]` from it. Differentiable; waited for once."""
+
+    group: dist.ProcessGroup
+    sent: list[int]
+    arriving: list[int]
+    _pending: tuple[dist.Work, Tensor, Tensor] | None = field(default=None, init=False)
+
+    def start(self, rows: Tensor) -> Tensor:
+        """Send rows [sum of sent, W]; returns the buffer [sum of arriving, W] that fills until `wait`."""
+        return _Start.apply(rows, self)
+
+    def wait(self, buffer: Tensor) -> Tensor:
+        """The rows that arrived, once they have."""
+        return _Wait.apply(buffer, self)
+
+    def launch(self, rows: Tensor, *, backward: bool) -> Tensor:
+        """Begin one direction. Keeps hold of what is sent until `finish`."""
+        to, of = (self.sent, self.arriving) if backward else (self.arriving, self.sent)
+        rows = rows.contiguous()
+        buffer = rows.new_empty(sum(to), *rows.shape[1:])
+        work = dist.all_to_all_single(buffer, rows, output_split_sizes=to, input_split_sizes=of, group=self.group, async_op=True)
+        self._pending = work, rows, buffer
+        return buffer
+
+    def finish(self) -> Tensor:
+        """Wait for the direction that was begun, and return its buffer."""
+        if self._pending is None:
+            raise RuntimeError("a dispatch handle was waited for twice, or never started")
+        work, _, buffer = self._pending
+        work.wait()
+        self._pending = None
+        return buffer
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.launch(rows, backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.finish(), None  # begun in the backward of _Wait
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.finish()
+        return buffer.view_as(buffer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.transfer.launch(grad, backward=True)
+        return grad, None  # of the buffer's shape, as autograd asks; what counts is on its way to _Start's backward
+
+
+class _Reorder(torch.autograd.Function):
+    """rows[order]; the gradient gathers too, where that of indexing would add rows up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+@dataclass
+class SplitExperts:
+    """Routed experts whose width F is split over `group`, the ranks of tp: all of them compute a part of every token's result.
+
+    Called like RoutedExperts with this rank's tokens: gathers those of the group, and leaves each rank the sums for its own. Routing
+    comes before the gathering, so the gradients of a router are partial sums over tp as those of other replicated parameters.
+    """
+
+    inner: RoutedExperts
+    group: dist.ProcessGroup
+
+    def __call__(self, x: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
+        everyone = (_Gather.apply(x, self.group), _Gather.apply(probs, self.group), _gather(ids, self.group))
+        return _Scatter.apply(self.inner(*everyone), self.group)
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[N,..] -> [N ranks,..], rank by rank."""
+    out = x.new_empty(len(x) * group.size(), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[N ranks,..] -> this rank's [N,..] of the sum over ranks."""
+    out = x.new_empty(len(x) // group.size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grad, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scatter(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.group), None
+
+
+def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.ProcessGroup | None = None) -> None:
+    """Share the experts of every mixture of experts in `model` over the axes `ep` and `etp` of `expert_mesh`, in place.
+
+    Stacks of weights become DTensors: whole experts over `ep` (Shard(0)), each expert's width F over `etp` (gate and up Shard(2), down
+    Shard(1)), on meta or filled alike and without communication. With etp 1 every rank sends the tokens that it has, under tp its own
+    part of the sequence. Names do not change.
+
+    Args:
+        model: anything that contains `MoE` layers; one without is left alone.
+        expert_mesh: axes pp, dp_replicate, efsdp, ep, etp (layout.mesh.EXPERT_AXES).
+        tp_group: the ranks that etp is laid over, as a group to be used instead of the mesh's own.
+
+    Raises:
+        UserError: ep does not divide the number of experts, or etp their width.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
+        _share(layer, expert_mesh, tp_group)
+
+
+def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None) -> None:
+    experts, (ep, etp) = layer.experts, (mesh.size(mesh.mesh_dim_names.index(axis)) for axis in ("ep", "etp"))
+    count, _, width = experts.up_proj.shape
+    if count % ep:
+        raise UserError(
+            f"parallel.ep {ep} does not divide model.ffn.experts {count}: {count} / {ep} = {count / ep:.2f}; change one of them"
+        )
+    if width % etp:
+        raise UserError(
+            f"parallel.etp {etp} does not divide model.ffn.hidden {width}: {width} / {etp} = {width / etp:.2f}; set parallel.etp 1"
+        )
+    _shard_weights(experts, mesh, [axis for axis, size in (("ep", ep), ("etp", etp)) if size > 1])
+    experts.weights = partial(_local_weights, experts)
+    if ep > 1:
+        layer.routed = RoutedExperts(experts, AllToAllDispatcher(mesh.get_group("ep"), count, experts.ops))
+    if etp > 1:
+        layer.routed = SplitExperts(layer.routed, tp_group or mesh.get_group("etp"))
+
+
+def _shard_weights(experts: Experts, mesh: DeviceMesh, axes: list[str]) -> None:
+    if not axes:
+        return
+    for name, parameter in list(experts.named_parameters()):
+        dims = {"ep": 0, "etp": 1 if name == "down_proj" else 2}
+        placements = [Shard(dims[axis]) for axis in axes]
+        sharded = distribute_tensor(parameter.detach(), mesh[tuple(axes)], placements, src_data_rank=None)
+        experts.register_parameter(name, nn.Parameter(sharded))
+
+
+def _local_weights(experts: Experts) -> tuple[Tensor | None, Tensor, Tensor]:
+    """As Experts.weights, of this rank's part. Read at every call: FSDP2 swaps the parameters."""
+    stacks = (experts.gate_proj, experts.up_proj, experts.down_proj)
+    return tuple(stack.to_local() if isinstance(stack, DTensor) else stack for stack in stacks)
