@@ -5,7 +5,19 @@ Importing this package registers the implementations that need nothing but PyTor
 
 from llmtrain_kernels.mask import Mask
 
-from llmtrain.ops import activation, adamw, attention, cross_entropy, decode_attention, experts, norm, rope, sdpa, tiled_attention
+from llmtrain.ops import (
+    activation,
+    adamw,
+    attention,
+    attention_parts,
+    cross_entropy,
+    decode_attention,
+    experts,
+    norm,
+    rope,
+    sdpa,
+    tiled_attention,
+)
 from llmtrain.ops.decode_attention import KeyLengths
 from llmtrain.ops.registry import Call, Choice, Implementation, KernelUnavailable, Ops, choose, implementations, op_names, register, resolve
 
@@ -20,6 +32,7 @@ __all__ = [
     "activation",
     "adamw",
     "attention",
+    "attention_parts",
     "choose",
     "cross_entropy",
     "decode_attention",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from llmtrain.errors import UserError
 from llmtrain.layout.sequence import Documents, Partition, partition
 from llmtrain.ops import Mask, Ops
 from llmtrain.parallel.cp_exchange import Order, all_gather, gather_rows, heads_to_sequence, sequence_to_heads
+from llmtrain.parallel.cp_ring import ring_attention
 
-KINDS = ("all_gather", "ulysses")
+KINDS = ("all_gather", "ring", "ulysses")
 
 
 class ContextParallel:
@@ -32,8 +33,9 @@ class ContextParallel:
             raise UserError(f"parallel.cp_kind={kind}: allowed are {', '.join(KINDS)}")
         self.group, self.kind, self.ops, self.multiple = group, kind, ops, multiple
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        # Shared by all layers, and by the pipeline's stages on this rank.
-        self._order = lru_cache(maxsize=64)(lambda documents, device: Order(self.partition(documents), device))
+        # Shared by all layers, and by the pipeline's stages on this rank. It holds no reference to self: a cycle would keep the group alive
+        # until the interpreter ends, and gloo's threads abort when they let go of tensors then.
+        self._order = lru_cache(maxsize=64)(partial(_order, ranks=self.ranks, multiple=multiple))
 
     def partition(self, documents: Documents) -> Partition:
         """Who holds what of rows with these documents; made once per layout."""
@@ -117,6 +119,10 @@ class ContextParallel:
         if padding.shape[2]:
             yield q.new_zeros(*padding.shape[:3], whole.shape[-1] - width)
 
+    def _ring(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Keys and values travel round the ranks."""
+        return ring_attention(q, k, v, self.partition(mask.documents), group=self.group, ops=self.ops)
+
     def _ulysses(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Each rank attends in whole rows with its share of the heads. Key heads are repeated where cp does not divide them."""
         order = self._order(mask.documents, q.device)
@@ -144,6 +150,10 @@ def apply_cp(model: nn.Module, cp: ContextParallel) -> None:
         if not hasattr(attention, "attend"):
             raise UserError(f"parallel.cp {cp.ranks}: block {name} ({type(block).__name__}) has no attention.attend; set parallel.cp: 1")
         attention.attend = cp.attend
+
+
+def _order(documents: Documents, device: torch.device, *, ranks: int, multiple: int) -> Order:
+    return Order(partition(documents, ranks, multiple), device)
 
 
 def _explicit(documents: Documents | None, rows: Tensor) -> Documents:

@@ -1,4 +1,4 @@
-"""Attention over ranks of cp against one process: every rank draws the same whole rows, and compares what it gets with the op's own result."""
+"""Attention over ranks of cp against one process: every rank draws the same whole rows and compares what it gets with the reference."""
 
 import torch
 import torch.distributed as dist
@@ -63,4 +63,5 @@ def differences(cases: list[dict]) -> list[dict]:
         gathered = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, worst)
         results.append(dict(zip(("out", "dq", "dk", "dv"), map(max, *gathered))))
+    dist.destroy_process_group()
     return results
