@@ -33,6 +33,12 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     return parts | {"total": total, "without embeddings": total - parts["embedding"] - parts["head"], "active": total - idle}
 
 
+def worth_saying(counts: dict[str, int]) -> dict[str, int]:
+    """`count_parameters` without the lines that say nothing: no multi-token prediction, and active parameters where all are."""
+    idle = {"mtp": 0, "active": counts["total"]}
+    return {part: count for part, count in counts.items() if idle.get(part) != count}
+
+
 def _table(model: ModelConfig) -> int:
     if model.vocab_size is None:
         raise ConfigError("model.vocab_size: null has no parameter count; give it, or tokenizer.path so that it is read from the tokenizer")

@@ -37,17 +37,20 @@ def pick_family(cfg: ModelConfig) -> str:
     """
     a = cfg.attention
     sandwich, uneven = cfg.norm.placement != "pre", a.qkv_bias and not a.out_bias
+    bias = cfg.ffn.kind == "dense" and cfg.ffn.bias
     refused = {
         f"model.family {cfg.family}": cfg.family != "transformer",
+        f"model.ffn.kind {cfg.ffn.kind}": cfg.ffn.kind != "dense",
+        f"model.mtp.heads {cfg.mtp.heads}": cfg.mtp.heads > 0,
         "model.norm.kind layer_norm": cfg.norm.kind != "rms_norm",
         "model.ffn.activation gelu": cfg.ffn.activation != "swiglu",
         "model.position.kind learned": cfg.position.kind != "rope",
         "model.attention.window without qk_norm or Qwen2's biases": a.window is not None and (sandwich or not (a.qk_norm or uneven)),
         "model.attention.out_bias without qkv_bias": a.out_bias and not a.qkv_bias,
         "model.attention.qkv_bias with qk_norm and without out_bias": uneven and a.qk_norm,
-        "model.ffn.bias with qk_norm": cfg.ffn.bias and a.qk_norm,
-        "model.ffn.bias with attention.qkv_bias and without attention.out_bias": cfg.ffn.bias and uneven,
-        f"model.norm.placement {cfg.norm.placement} with biases or qk_norm": sandwich and (a.qkv_bias or a.qk_norm or cfg.ffn.bias),
+        "model.ffn.bias with qk_norm": bias and a.qk_norm,
+        "model.ffn.bias with attention.qkv_bias and without attention.out_bias": bias and uneven,
+        f"model.norm.placement {cfg.norm.placement} with biases or qk_norm": sandwich and (a.qkv_bias or a.qk_norm or bias),
     }
     for option, hit in refused.items():
         if hit:

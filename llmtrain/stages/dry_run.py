@@ -3,7 +3,7 @@
 import torch
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import count_parameters, memory_estimate
+from llmtrain.config.parameters import count_parameters, memory_estimate, worth_saying
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.layout.mesh import MeshShape
@@ -28,7 +28,7 @@ def dry_run(cfg: RunConfig) -> int:
     print(f"plan: {plan.steps:,} steps, {plan.tokens:,} tokens, {len(plan.phases)} phase(s); mesh: {shape.describe()}")
     for phase in plan.phases:
         print(f"  {phase.name}: {phase.steps:,} steps x {phase.seq_len:,} tokens, RoPE base {phase.rope_base:g}, peak lr {phase.peak_lr:g}")
-    for part, count in count_parameters(cfg.model).items():
+    for part, count in worth_saying(count_parameters(cfg.model)).items():
         print(f"  {part:28s} {count:>18,}")
     for part, size in memory_estimate(cfg, world=shape.world).items():
         print(f"  {part:28s} {size / 2**30:>14.2f} GiB a rank")

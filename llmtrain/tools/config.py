@@ -13,7 +13,7 @@ from llmtrain.config.layer import dotted
 from llmtrain.config.load import LoadedConfig, leaves, load, schema
 from llmtrain.config.mesh_dependent import mesh_dependent
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import count_parameters
+from llmtrain.config.parameters import count_parameters, worth_saying
 from llmtrain.config.published import PRESETS
 from llmtrain.config.run import RunConfig
 from llmtrain.config.yamlfile import inline
@@ -85,7 +85,7 @@ def parameter_table(model: ModelConfig) -> str:
     """Parameters by part."""
     if model.vocab_size is None:
         return "parameters: unknown until model.vocab_size is; it is read from the tokenizer when the run starts"
-    counts = count_parameters(model)
+    counts = worth_saying(count_parameters(model))
     return "\n".join(["parameters", *(f"  {part:20s} {count:>18,}" for part, count in counts.items())])
 
 

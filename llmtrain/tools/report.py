@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
 from llmtrain.tools.history import History, read_config
 from llmtrain.tools.report_plot import draw, sparkline
@@ -154,7 +155,8 @@ def _configuration(cfg: RunConfig | None) -> str:
     rows = [
         ("model", f"{model.layers} layers, width {model.hidden}, vocabulary {model.vocab_size or 'of the tokenizer'}"),
         ("attention", f"{model.attention.heads} heads, {model.kv_heads} key/value heads, head width {model.head_dim}"),
-        ("feed-forward", f"{model.ffn.hidden} ({model.ffn.activation})"),
+        ("feed-forward", _feed_forward(model)),
+        ("multi-token prediction", f"{model.mtp.heads} head(s), loss weight {model.mtp.loss_weight:g}" if model.mtp.heads else ""),
         ("norm, initialisation", f"{model.norm.kind} {model.norm.placement}, {model.init.kind}"),
         ("data", ", ".join(getattr(source, "path", source.label) for source in cfg.data.train)),
         ("batch", f"{train.global_batch} sequences of {train.seq_len} tokens, {train.micro_batch} at a time on a rank"),
@@ -165,6 +167,12 @@ def _configuration(cfg: RunConfig | None) -> str:
         ("engine, device, seed", f"{cfg.engine.kind}, {cfg.device}, {cfg.seed}"),
     ]
     return "## Configuration\n\n" + table(("option", ""), [row for row in rows if row[1]]) + "\n\nEverything: [config.yaml](config.yaml)."
+
+
+def _feed_forward(model: ModelConfig) -> str:
+    ffn = model.ffn
+    experts = f"{ffn.experts} experts, {ffn.top_k} per token, width " if ffn.kind == "moe" else ""
+    return f"{experts}{ffn.hidden} ({ffn.activation})"
 
 
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")

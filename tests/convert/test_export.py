@@ -97,6 +97,8 @@ REFUSED = {
     "ffn.bias with qk_norm": {"attention": {"qk_norm": True}, "ffn": {"bias": True}},
     "sandwich with": {"norm": {"placement": "sandwich"}, "attention": {"qk_norm": True}},
     "model.family other": {"family": "other"},
+    "model.ffn.kind moe": {"ffn": {"kind": "moe"}},
+    "model.mtp.heads 2": {"mtp": {"heads": 2}},
 }
 
 

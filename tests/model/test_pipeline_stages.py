@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from llmtrain.model import initialise, set_post_norm_gamma
+from llmtrain.data.batch import Batch
+from llmtrain.data.shifted import shifted
+from llmtrain.model import cross_entropy, initialise, set_post_norm_gamma
 from llmtrain.model.transformer import cut
 from llmtrain.ops import Mask
 
@@ -15,6 +17,9 @@ CASES = {
     "learned positions": {"position": {"kind": "learned"}, "attention": {"heads": 4}},
     "tied": {"tie_embeddings": True},
     "sandwich": {"norm": {"placement": "depth_scaled_sandwich"}},
+    "mtp": {"mtp": {"heads": 2}},
+    "mtp, tied": {"mtp": {"heads": 1}, "tie_embeddings": True},
+    "moe": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 12}},
 }
 CUTS = {
     "even": (range(1), range(1, 2), range(2, 3)),
@@ -44,15 +49,18 @@ def chain(parts, tokens, **last):
 @pytest.mark.parametrize("how", CUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_logits_and_gradients_of_the_chain_are_those_of_the_whole(case, how, make_model, tokens):
-    _, model = make_model(CASES[case])
+    cfg, model = make_model(CASES[case])
     parts = stages_of(model, CUTS[how])
     targets = tokens.roll(-1, 1).masked_fill(torch.arange(24) % 5 == 0, -100)
-    whole = model(tokens, positions=POSITIONS, mask=Mask(documents=DOCUMENTS), targets=targets)["ce_sum"]
+    batch = Batch(tokens, targets, POSITIONS, DOCUMENTS, samples=(0, 1))
+    given = {"targets": targets, "ahead": [shifted(batch, n) for n in range(1, cfg.mtp.heads + 1)]}
+    out = model(tokens, positions=POSITIONS, mask=Mask(documents=DOCUMENTS), **given)
+    whole = cross_entropy(out)
     whole.backward()
-    got = chain(parts, tokens, targets=targets)
-    assert got.keys() == {"ce_sum"}
-    torch.testing.assert_close(got["ce_sum"], whole, rtol=1e-13, atol=0)
-    got["ce_sum"].backward()
+    got = chain(parts, tokens, **given)
+    assert got.keys() == out.keys() == ({"ce_sum", "mtp_ce_sum", "mtp_weight"} if cfg.mtp.heads else {"ce_sum"})
+    torch.testing.assert_close(cross_entropy(got), whole, rtol=1e-13, atol=0)
+    cross_entropy(got).backward()
     expected = dict(model.named_parameters())
     held = [(name, p) for part in parts for name, p in part.named_parameters()]
     assert {name for name, _ in held} == expected.keys()
