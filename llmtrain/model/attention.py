@@ -12,7 +12,7 @@ from llmtrain.model.norm import RMSNorm
 class Attention(nn.Module):
     """Project, normalise per head if asked, rotate, attend, project back: [B,S,D] -> [B,S,D].
 
-    The number of heads is read from the projections' output, so a projection sharded over heads from outside just works.
+    The number of heads is read from what `qkv` gives, so projections sharded over heads from outside just work.
     """
 
     def __init__(self, cfg: ModelConfig, *, ops):
@@ -31,14 +31,17 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,S,D] -> rotated q [B,H,S,d] and k [B,K,S,d], and v [B,K,S,d]."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B,S,H or K,d]
+        q, k, v = (flat.unflatten(-1, (-1, self.head_dim)) for flat in self.qkv(x))  # [B,S,H or K,d]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H or K,S,d]
         if rope is not None:
             q, k = self.ops.rope(q, *rope), self.ops.rope(k, *rope)
         return q, k, v
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,S,D] -> queries [B,S,H*d], keys and values [B,S,K*d]; what shards heads over ranks replaces this and `output`."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask, cache: LayerCache | None = None) -> Tensor:
         """The attention op on what `project` gave, with the keys and values of `cache` before its own: [B,H,S,d]."""

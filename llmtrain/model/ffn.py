@@ -17,7 +17,15 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(cfg.ffn.hidden, cfg.hidden, bias=cfg.ffn.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.activate(*(proj(x) for proj in self.expanding())))
+
+    def expanding(self) -> tuple[nn.Linear, ...]:
+        """The projections from D to F, in the order in which `activate` takes what they give."""
+        return self.gate_proj, self.up_proj
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """[..,F], [..,F] -> [..,F]."""
+        return self.ops.swiglu(gate, up)
 
 
 class GELU(nn.Module):
@@ -30,7 +38,15 @@ class GELU(nn.Module):
         self.down_proj = nn.Linear(cfg.ffn.hidden, cfg.hidden, bias=cfg.ffn.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.gelu(self.up_proj(x)))
+        return self.down_proj(self.activate(self.up_proj(x)))
+
+    def expanding(self) -> tuple[nn.Linear, ...]:
+        """As in SwiGLU."""
+        return (self.up_proj,)
+
+    def activate(self, up: Tensor) -> Tensor:
+        """[..,F] -> [..,F]."""
+        return self.ops.gelu(up)
 
 
 def build_ffn(cfg: ModelConfig, *, ops) -> nn.Module:

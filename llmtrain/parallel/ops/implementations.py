@@ -1,0 +1,81 @@
+"""How a collective and the matmul beside it are carried out together.
+
+An implementation works on rows (llmtrain.parallel.ops.pieces) and knows nothing of gradients. Its methods are what fused kernels offer:
+`gather_mm` is npu_all_gather_base_mm or symm_mem.fused_all_gather_matmul, `start_mm_scatter` is npu_mm_reduce_scatter_base or
+symm_mem.fused_matmul_reduce_scatter.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmtrain.parallel.ops.pending import Pending, start_gather, start_scatter_sum
+from llmtrain.parallel.ops.pieces import Pieces
+
+Products = tuple[list[Tensor], Tensor | None]
+
+
+class Chunked:
+    """Matmuls and collectives of c10d in turn over the pieces, each collective while another piece is multiplied; runs anywhere.
+
+    One piece is the plain version: first the one, then the other.
+    """
+
+    def __init__(self, pieces: Pieces, group: dist.ProcessGroup):
+        self.pieces, self.group = pieces, group
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        """Why it cannot be used on `device`, or None."""
+        return None
+
+    def start_gather(self, rows: Tensor) -> Pending:
+        """[n,D] of every rank -> [t*n,D] in the order of arrival."""
+        whole = rows.new_empty(sum(self.pieces.whole_sizes), rows.shape[1])
+        parts = zip(rows.split(self.pieces.local_sizes), whole.split(self.pieces.whole_sizes))
+        return Pending(whole, [work for local, out in parts for work in start_gather(local, self.group, out=out).works])
+
+    def gather_mm(self, rows: Tensor, matrices: Sequence[Tensor], *, keep: bool = False) -> Products:
+        """Rows [n,D] of every rank times each of `matrices` [D,F]: a list of [t*n,F], and the gathered rows if `keep`."""
+        whole, local = self.pieces.whole_sizes, rows.split(self.pieces.local_sizes)
+        products = [rows.new_empty(sum(whole), matrix.shape[1]) for matrix in matrices]
+        slabs = list(zip(*(product.split(whole) for product in products)))
+        gathered = rows.new_empty(sum(whole), rows.shape[1]) if keep else None
+        targets = gathered.split(whole) if keep else _in_turn(rows, whole)
+        coming = start_gather(local[0], self.group, out=targets[0])
+        for index, outs in enumerate(slabs):
+            here = coming
+            if index + 1 < len(slabs):
+                coming = start_gather(local[index + 1], self.group, out=targets[index + 1])
+            piece = here.wait()
+            for out, matrix in zip(outs, matrices):
+                torch.mm(piece, matrix, out=out)
+        return products, gathered
+
+    def start_mm_scatter(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Pending:
+        """The sum over `pairs` of rows [t*n,F] times matrix [F,D], summed over ranks, this rank's [n,D] of it."""
+        first, matrix = pairs[0]
+        whole = self.pieces.whole_sizes
+        result = first.new_empty(sum(self.pieces.local_sizes), matrix.shape[1])
+        pieces = zip(*(rows.split(whole) for rows, _ in pairs), strict=True)
+        works: list = []
+        for inputs, out in zip(pieces, result.split(self.pieces.local_sizes)):
+            partial = inputs[0] @ matrix
+            for rows, (_, other) in zip(inputs[1:], pairs[1:]):
+                partial.addmm_(rows, other)
+            if len(works) > 1:
+                works[-2].wait()  # so that no more than two partial results exist
+            works += start_scatter_sum(partial, self.group, out=out).works
+        return Pending(result, works)
+
+
+def _in_turn(rows: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Room for pieces of these rows, in two buffers that take turns: one is read while the other is written."""
+    buffers = [rows.new_empty(max(sizes), rows.shape[1]) for _ in sizes[:2]]
+    return [buffers[index % 2][:size] for index, size in enumerate(sizes)]
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Pieces, dist.ProcessGroup], Chunked]] = {"chunked": Chunked}
+"""By the name that `implementation=` of the ops takes."""

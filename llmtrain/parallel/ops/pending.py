@@ -1,0 +1,34 @@
+"""Collectives over rows that run while something else is computed."""
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that collectives still write to."""
+
+    tensor: Tensor
+    works: list = field(default_factory=list)
+
+    def wait(self) -> Tensor:
+        """The tensor, written; on an accelerator, once its current stream has come so far."""
+        for work in self.works:
+            work.wait()
+        return self.tensor
+
+
+def start_gather(rows: Tensor, group: dist.ProcessGroup, *, out: Tensor | None = None) -> Pending:
+    """Rows [n, ...] of all t ranks of `group`, one rank after the other: [t*n, ...], in `out` if given."""
+    if out is None:
+        out = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
+    return Pending(out, [dist.all_gather_into_tensor(out, rows.contiguous(), group=group, async_op=True)])
+
+
+def start_scatter_sum(rows: Tensor, group: dist.ProcessGroup, *, out: Tensor | None = None) -> Pending:
+    """This rank's [n, ...] of rows [t*n, ...] summed over the t ranks of `group`, in `out` if given."""
+    if out is None:
+        out = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
+    return Pending(out, [dist.reduce_scatter_tensor(out, rows.contiguous(), group=group, async_op=True)])
