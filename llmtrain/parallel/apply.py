@@ -9,7 +9,7 @@ from llmtrain.config.run import RunConfig
 from llmtrain.device.base import Device
 from llmtrain.device.dtypes import torch_dtype
 from llmtrain.errors import UserError
-from llmtrain.layout.schedule import Schedule
+from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.model.transformer import cut
 from llmtrain.parallel.cast import apply_cast
 from llmtrain.parallel.compile import apply_compile
@@ -22,23 +22,20 @@ from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.parallel.tp import apply_tp
 
 
-def build_stages(
-    build: Callable[[], nn.Module], *, schedule: Schedule | None, layers: tuple[int, ...], rank: int
-) -> dict[int, nn.Module]:
-    """The pipeline stages of `rank`, by number: each a model of its own, built on meta, that holds `layers[stage]` blocks.
+def stage_models(build: Callable[[], nn.Module], *, plan: PipelinePlan | None, rank: int) -> dict[int, nn.Module]:
+    """The pipeline stages of `rank`, by number: each a model of its own on meta, without the parts that other stages hold.
 
-    Without a schedule the whole model is stage 0. Raises UserError for a model that cannot be cut.
+    Without a plan the whole model is stage 0. Raises UserError for a model that cannot be cut.
     """
     with torch.device("meta"):
-        if schedule is None:
+        if plan is None:
             return {0: build()}
         stages = {}
-        for stage in schedule.stages_of(rank):
+        for stage in plan.stages_of(rank):
             model = stages[stage] = build()
             if not hasattr(model, "first_stage"):
                 raise UserError(f"parallel.pp: {type(model).__name__} cannot be cut into pipeline stages; set parallel.pp: 1")
-            first = sum(layers[:stage])
-            cut(model, blocks=range(first, first + layers[stage]), first=stage == 0, last=stage == schedule.stages - 1)
+            cut(model, blocks=plan.blocks(stage), first=stage == 0, last=stage == plan.stages - 1)
         return stages
 
 

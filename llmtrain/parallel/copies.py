@@ -1,4 +1,4 @@
-"""The token embedding's second copy in a pipeline: the last stage needs it too where it is tied to the head, or for token prediction ahead."""
+"""The token embedding a second time: the last stage of a pipeline needs it where it is tied to the head, or to predict further ahead."""
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,10 @@ class EmbeddingCopy:
     def _swap(self, tensor: Tensor) -> Tensor:
         peer = self.last if self.original is not None else self.first
         mine, theirs = tensor.contiguous(), torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        ops = [dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer), dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)]
+        ops = [
+            dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer),
+            dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer),
+        ]
         for work in dist.batch_isend_irecv(ops):
             work.wait()
         return theirs

@@ -8,8 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llmtrain.parallel.fsdp import local_tensor
-
 SPLIT_BY_TP = ("tp", "ep", "etp")
 """Axes of a parameter's mesh whose ranks compute its whole gradient: every other parameter's is a partial sum on each rank of tp."""
 

@@ -35,41 +35,24 @@ class Pipeline:
     def run(
         self, schedule: Schedule, forward: Forward, *, shape: Callable[[int], Sequence[int]], dtype: torch.dtype, backward: bool = True
     ) -> dict[int, Tensor]:
-        """Run `schedule` with this rank's part of it; returns what the last stage gave, by micro-batch: {} on ranks without it.
+        """Carry out this rank's part of `schedule`; returns what the last stage gave, by micro-batch: {} on ranks without it.
 
-        `shape(m)` is the shape of hidden states of micro-batch m between stages, `dtype` their format. Without `backward` every
-        micro-batch only goes forward, in an order that is right for any number of them, and no gradient is kept.
+        `shape(m)` is the shape of hidden states of micro-batch m between stages, `dtype` their format. Without `backward`, for a
+        schedule of forwards alone, nothing is kept for a backward pass.
         """
         run = _Run(self, schedule, forward, shape=shape, dtype=dtype, backward=backward)
-        rank = dist.get_rank(self.group)
-        actions = with_communication(schedule)[rank] if backward else forward_only(schedule, rank)
         for part in self.parts.values() if backward else ():
             if isinstance(part, FSDPModule):
                 part.set_is_last_backward(False)
                 part.set_reshard_after_backward(False)
                 part.set_requires_gradient_sync(False)
-        for action in actions:
+        for action in with_communication(schedule)[dist.get_rank(self.group)]:
             run.do(action)
         run.finish()
         for part in self.parts.values() if backward else ():
             if isinstance(part, FSDPModule):
                 reduce_fsdp_gradients(part)
         return run.results
-
-
-def forward_only(schedule: Schedule, rank: int) -> list[Action]:
-    """The forward passes of `rank`: p micro-batches at a time through one stage after the other, which all ranks order alike."""
-    stages, ranks = schedule.stages_of(rank), schedule.ranks
-    order = sorted((m // ranks, stage, m) for stage in stages for m in range(schedule.micro_batches))
-    actions = []
-    for _, stage, m in order:
-        before, after = stage - 1, stage + 1
-        if before >= 0 and schedule.stage_rank(before) != rank:
-            actions.append(Action("RECV_F", stage, m))
-        actions.append(Action("F", stage, m))
-        if after < schedule.stages and schedule.stage_rank(after) != rank:
-            actions.append(Action("SEND_F", stage, m))
-    return actions
 
 
 class _Run:
@@ -87,7 +70,7 @@ class _Run:
 
     def do(self, action: Action) -> None:
         """Carry out one action; a pair that may overlap is done one after the other."""
-        for part in getattr(action, "parts", None) or (action,):
+        for part in action.flat():
             key = part.stage, part.micro_batch
             match part.kind:
                 case "F":

@@ -137,7 +137,8 @@ class Checkpointer:
         `newest` and `find`, not again here, but for the two small ones that say what there is.
         """
         path, contents = Path(path), []
-        self._agree(lambda: contents.append(_contents(path, state, weights_only=weights_only)))
+        wanted = {name for names in self._agree(lambda: sorted(state)) for name in names}
+        self._agree(lambda: contents.append(_contents(path, state, wanted, weights_only=weights_only)))
         metadata, state = contents[0]
         if changed := tensors.casts(state, metadata):
             self._log(f"checkpoint {path} holds {len(changed)} tensors in another dtype; converted: {changed[0]} ...")
@@ -284,15 +285,18 @@ def _trusted_manifest(path: Path) -> dict:
     return manifest
 
 
-def _contents(path: Path, state: State, *, weights_only: bool) -> tuple[Metadata, State]:
-    """The table of contents, once it is known to be whole, harmless, and to fit `state`; and the part of `state` to fill."""
+def _contents(path: Path, state: State, wanted: set[str], *, weights_only: bool) -> tuple[Metadata, State]:
+    """The table of contents, once it is known to be whole, harmless, and to fit `state`; and the part of `state` to fill.
+
+    `wanted` are the names of all ranks' states: a rank of a pipeline has some of them.
+    """
     manifest = _trusted_manifest(path)
     metadata = tensors.read_metadata(path)
     stored = set(metadata.state_dict_metadata)
     if weights_only or json.loads((path / files.META).read_bytes()).get("weights_only"):
         state = {name: tensor for name, tensor in state.items() if name.endswith(".weight")}
         stored = {name for name in stored if name.endswith(".weight")}
-    if problems := tensors.misfits(state, metadata, stored):
+    if problems := tensors.misfits(state, metadata, stored - (wanted - set(state))):
         raise CheckpointError(f"checkpoint {path} does not fit the run's model or optimizer: " + "; ".join(problems[:8]))
     named = {info.relative_path for info in metadata.storage_data.values()}
     if strange := sorted(named - set(manifest["files"])):

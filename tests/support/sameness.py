@@ -102,6 +102,7 @@ def train(changes: dict, *, permute: bool = False, fault: str | None = None) -> 
         if index == 0:
             counts = [batch.target_count for batch in batches]
             gradients = {name: whole(p.grad).double().clone().numpy() for name, p in engine.parameters.items()}
+            gradients = {name: value for part in mesh.gather(gradients) for name, value in part.items()}
         engine.grad_norm()
         engine.apply(lr=step.lr)
         losses.append(result.loss)
@@ -124,6 +125,12 @@ def loss_difference(a: dict, b: dict) -> float:
 
 
 def gradient_difference(a: dict, b: dict) -> float:
-    """Largest difference of any gradient of step 1, relative to that gradient's norm."""
+    """Largest difference of any gradient of step 1, relative to that gradient's norm.
+
+    A gradient below a millionth of the largest is one that is zero but for rounding (that of a key bias, without rotation): it is compared
+    with that millionth.
+    """
     assert a["gradients"].keys() == b["gradients"].keys()
-    return max(float(np.linalg.norm(a["gradients"][n] - g) / np.linalg.norm(g)) for n, g in b["gradients"].items())
+    norms = {name: float(np.linalg.norm(gradient)) for name, gradient in b["gradients"].items()}
+    least = 1e-6 * max(norms.values())
+    return max(float(np.linalg.norm(a["gradients"][n] - g)) / max(norms[n], least) for n, g in b["gradients"].items())

@@ -1,0 +1,173 @@
+"""This rank's part of the model: one whole model, or the stages of a pipeline, and how a step goes through them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmtrain.config.run import RunConfig
+from llmtrain.device.base import Device
+from llmtrain.device.dtypes import torch_dtype
+from llmtrain.engine.micro_batch import MicroBatch
+from llmtrain.layout.pipeline import PipelinePlan
+from llmtrain.model import family
+from llmtrain.ops import Ops
+from llmtrain.parallel.apply import apply, stage_models
+from llmtrain.parallel.compile import decide
+from llmtrain.parallel.copies import EmbeddingCopy
+from llmtrain.parallel.cp import ContextParallel
+from llmtrain.parallel.fsdp import local_tensor, set_gradient_sync
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.pipeline import Pipeline
+
+COPY = "embedding.weight, last stage"
+"""The name in `Stages.copies` of the last stage's second embedding."""
+
+
+def build_stages(cfg: RunConfig, *, mesh: Mesh, device: Device, ops: Ops) -> "Stages":
+    """Build this rank's stages on meta, apply the mesh, give them memory; they are left empty."""
+    shape = mesh.shape
+    cp = ContextParallel(mesh.group("cp"), cfg.parallel.cp_kind, ops=ops, multiple=shape.tp) if shape.cp > 1 else None
+    plan = PipelinePlan.from_config(cfg) if shape.pp > 1 else None
+    compiled = decide(cfg, kind=device.kind, ranks=mesh.world).on
+    params = torch_dtype(cfg.precision.params)
+    parts = stage_models(lambda: family.build(cfg.model, ops, cfg.train.loss_chunk).to(params), plan=plan, rank=mesh.place("pp"))
+    partial = [apply(part, cfg, mesh=mesh, device=device, cp=cp, compiled=compiled) for part in parts.values()]
+    return Stages(cfg, parts, partial, mesh=mesh, device=device, cp=cp, plan=plan, compiled=compiled)
+
+
+@dataclass
+class _Sizes:
+    """What hidden states between stages look like."""
+
+    hidden: int
+    tp: int
+    dtype: torch.dtype
+
+    def of(self, micro: MicroBatch) -> tuple[int, int, int]:
+        rows, length = micro.tokens.shape
+        return rows, length // self.tp, self.hidden
+
+
+class Stages:
+    """The models of this rank by stage number, and their parameters by canonical name.
+
+    `copies` holds a parameter that stands for one of another stage; `partial` names the parameters whose gradients are to be summed
+    over tp.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        parts: dict[int, nn.Module],
+        partial: Sequence[set[str]],
+        *,
+        mesh: Mesh,
+        device: Device,
+        cp: ContextParallel | None,
+        plan: PipelinePlan | None,
+        compiled: bool,
+    ):
+        self.parts, self.mesh, self.cp, self.plan, self.compiled = parts, mesh, cp, plan, compiled
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.copies: dict[str, nn.Parameter] = {}
+        self.partial: list[str] = []
+        self.sizes = _Sizes(cfg.model.hidden, mesh.shape.tp, torch_dtype(cfg.precision.compute))
+        for (stage, part), names in zip(parts.items(), partial):
+            for name, parameter in part.named_parameters():
+                copied = stage > 0 and name == "embedding.weight"
+                (self.copies if copied else self.parameters)[COPY if copied else name] = parameter
+                if name in names:
+                    self.partial.append(COPY if copied else name)
+        self.pipeline = Pipeline(parts, group=mesh.group("pp"), device=device.torch_device) if plan else None
+        self.embedding_copy = self._embedding_copy(cfg)
+
+    def _embedding_copy(self, cfg: RunConfig) -> EmbeddingCopy | None:
+        if self.plan is None or not self.plan.copies_embedding:
+            return None
+        first, last = self.plan.rank_of(0), self.plan.rank_of(self.plan.stages - 1)
+        if self.mesh.place("pp") not in (first, last):
+            return None
+        original, copy = self.parameters.get("embedding.weight"), self.copies.get(COPY)
+        return EmbeddingCopy(original, copy, group=self.mesh.group("pp"), first=first, last=last)
+
+    def refresh_copy(self, moments: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Make the copy of a parameter, and its moments, equal to what was loaded for it."""
+        copy = self.embedding_copy
+        if copy is None:
+            return
+        triples = [
+            None if p is None else (local_tensor(p.detach()), *moments[name])
+            for p, name in ((copy.original, "embedding.weight"), (copy.copy, COPY))
+        ]
+        for at in range(3):
+            copy.take_over(*(None if triple is None else triple[at] for triple in triples))
+
+    def _call(self, stage: int, micro: MicroBatch, entered: Tensor | None, *, targets: bool) -> dict[str, Tensor]:
+        model = self.parts[stage]
+        wanted = {"targets": micro.targets} if targets and getattr(model, "last_stage", True) else {}
+        if wanted and micro.ahead:
+            wanted["ahead"] = micro.ahead
+        rope = micro.rope(model, self.sizes.dtype)
+        shared = {} if rope is None else {"rope": rope}
+        x = micro.tokens if entered is None else entered
+        return model(x, positions=micro.positions, mask=micro.mask, **wanted, **shared)
+
+    def train(self, micros: Sequence[MicroBatch], *, objective: Callable[[dict], Tensor], scale: float) -> list[Tensor]:
+        """Forward and backward of `objective` * scale over all micro-batches: the bare objectives, [] without the last stage."""
+        if self.pipeline is not None:
+            return self._train_pipeline(micros, objective, scale)
+        losses = []
+        for index, micro in enumerate(micros):
+            set_gradient_sync(self.parts[0], index == len(micros) - 1)
+            loss = objective(self._call(0, micro, None, targets=True))
+            (loss * scale).backward()
+            losses.append(loss.detach())
+        return losses
+
+    def _train_pipeline(self, micros: Sequence[MicroBatch], objective: Callable, scale: float) -> list[Tensor]:
+        losses: dict[int, Tensor] = {}
+
+        def forward(stage: int, index: int, entered: Tensor | None) -> Tensor:
+            outputs = self._call(stage, micros[index], entered, targets=True)
+            if "hidden" in outputs:
+                return outputs["hidden"]
+            loss = objective(outputs)
+            losses[index] = loss.detach()
+            return loss * scale
+
+        schedule = self.plan.schedule(len(micros))
+        self.pipeline.run(schedule, forward, shape=lambda m: self.sizes.of(micros[m]), dtype=self.sizes.dtype)
+        return [losses[index] for index in sorted(losses)]
+
+    def infer(self, micros: Sequence[MicroBatch], *, output: str) -> list[Tensor]:
+        """`ce_sum` or `logits` of every micro-batch, without gradients; [] without the last stage."""
+        targets = output == "ce_sum"
+        if self.pipeline is None:
+            return [self._call(0, micro, None, targets=targets)[output] for micro in micros]
+
+        def forward(stage: int, index: int, entered: Tensor | None) -> Tensor:
+            outputs = self._call(stage, micros[index], entered, targets=targets)
+            return outputs["hidden"] if "hidden" in outputs else outputs[output]
+
+        schedule = self.plan.forwards(len(micros))
+        found = self.pipeline.run(schedule, forward, shape=lambda m: self.sizes.of(micros[m]), dtype=self.sizes.dtype, backward=False)
+        return [found[index] for index in sorted(found)]
+
+    def logits(self, micro: MicroBatch, *, rows: int, seq_len: int) -> Tensor:
+        """Logits [rows,seq_len,V] on every rank."""
+        found = self.infer([micro], output="logits")
+        logits = found[0] if found else None
+        if logits is not None:
+            logits = self.cp.join(logits, micro.mask.documents, seq_len) if self.cp is not None else logits[:, :seq_len]
+        return logits if self.plan is None else self._from_last_stage(logits, rows, seq_len)
+
+    def _from_last_stage(self, logits: Tensor | None, rows: int, seq_len: int) -> Tensor:
+        if logits is None:
+            vocab = self.plan.vocab_size
+            logits = torch.empty(rows, seq_len, vocab, dtype=self.sizes.dtype, device=self.pipeline.device)
+        logits = logits.contiguous()
+        dist.broadcast(logits, group=self.mesh.group("pp"), group_src=self.plan.rank_of(self.plan.stages - 1))
+        return logits

@@ -1,0 +1,109 @@
+"""Groups of the mesh by arithmetic, and as torch makes them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtrain.config.train import ParallelConfig
+from llmtrain.errors import UserError
+from llmtrain.layout.mesh import AXES, EXPERT_AXES, MeshShape
+
+SIZES = st.sampled_from([1, 2, 3, 4])
+
+
+@st.composite
+def shapes(draw):
+    dp_shard, cp, tp = draw(SIZES), draw(SIZES), draw(SIZES)
+    etp = draw(st.sampled_from([1, tp]))
+    sharing = dp_shard * cp * tp // etp
+    ep = draw(st.sampled_from([n for n in range(1, sharing + 1) if sharing % n == 0]))
+    return MeshShape(pp=draw(SIZES), dp_replicate=draw(SIZES), dp_shard=dp_shard, cp=cp, tp=tp, ep=ep, etp=etp)
+
+
+@given(shape=shapes())
+@settings(max_examples=60, deadline=None)
+def test_groups_of_every_axis_part_the_world(shape):
+    for axis in (*AXES, "fsdp", "efsdp", "ep", "etp"):
+        groups = shape.groups(axis)
+        assert sorted(rank for group in groups for rank in group.ranks) == list(range(shape.world))
+        assert {len(group.ranks) for group in groups} == {getattr(shape, axis)}
+
+
+@given(shape=shapes())
+@settings(max_examples=60, deadline=None)
+def test_a_rank_and_its_place_are_inverse_and_groups_differ_along_their_axis_alone(shape):
+    for axes in (AXES, EXPERT_AXES):
+        assert all(shape.rank(shape.place(rank, axes), axes) == rank for rank in range(shape.world))
+        for axis in axes:
+            for group in shape.groups(axis):
+                places = [shape.place(rank, axes) for rank in group.ranks]
+                assert [place[axis] for place in places] == list(range(getattr(shape, axis)))
+                assert len({tuple(v for a, v in place.items() if a != axis) for place in places}) == 1
+
+
+@given(shape=shapes())
+@settings(max_examples=40, deadline=None)
+def test_experts_stay_within_a_stage_and_a_replica(shape):
+    for axis in ("efsdp", "ep", "etp"):
+        for group in shape.groups(axis):
+            assert len({(p["pp"], p["dp_replicate"]) for p in map(shape.place, group.ranks)}) == 1
+    if shape.etp > 1:  # ranks that share an expert are those that share a layer
+        assert shape.groups("etp") == [type(g)("etp", g.ranks) for g in shape.groups("tp")]
+
+
+def test_all_groups_are_made_axis_by_axis():
+    shape = MeshShape(pp=2, dp_shard=2, tp=2, ep=2)
+    order = [group.axis for group in shape.all_groups(experts=True)]
+    assert list(dict.fromkeys(order)) == ["pp", "dp_replicate", "dp_shard", "cp", "tp", "fsdp", "efsdp", "ep", "etp"]
+    assert "ep" not in [group.axis for group in shape.all_groups(experts=False)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"ep": 3, "dp_shard": 2, "cp": 2},
+            r"parallel.ep 3 does not divide dp_shard 2 x cp 2 x tp 1 = 4|parallel.ep 3 does not divide dp_shard 2 x cp 2 = 4",
+        ),
+        ({"ep": 4, "dp_shard": 2, "tp": 2, "etp": 2}, r"parallel.ep 4 does not divide dp_shard 2 x cp 1 = 2"),
+        ({"tp": 4, "etp": 2}, r"parallel.etp 2: allowed are 1 and the value of parallel.tp, 4"),
+        ({"dp_shard": -1, "tp": 4}, r"6 ranks are not a multiple of the other axes' product 4"),
+        ({"pp": 2, "tp": 2}, r"pp 2 x dp_replicate 1 x dp_shard 1 x cp 1 x tp 2 = 4 ranks, 6 were started"),
+    ],
+)
+def test_impossible_products_are_refused_with_the_arithmetic(options, message):
+    with pytest.raises(UserError, match=message):
+        MeshShape.from_config(ParallelConfig(**options), world=6 if options.get("dp_shard") == -1 or "pp" in options else None)
+
+
+def test_torch_makes_the_same_groups_in_the_same_order(monkeypatch):
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from llmtrain.device import select
+    from llmtrain.parallel.mesh import Mesh
+
+    shape = MeshShape(pp=2, dp_replicate=1, dp_shard=2, cp=2, tp=2, ep=4)
+    made = []
+    original = dist.new_group
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=shape.world)
+    try:
+        import torch.distributed.device_mesh as device_mesh
+
+        def recording(ranks=None, *args, group_desc=None, **kwargs):
+            made.append((group_desc, tuple(ranks)))
+            return original(ranks, *args, group_desc=group_desc, **kwargs)
+
+        monkeypatch.setattr(device_mesh, "new_group", recording, raising=False)
+        monkeypatch.setattr(dist, "new_group", recording)
+        mesh = Mesh(shape, device=select("cpu"))
+        mine = {axis: tuple(dist.get_process_group_ranks(mesh.group(axis))) for axis in AXES}
+        mine["fsdp"] = tuple(dist.get_process_group_ranks(mesh.fsdp.get_group()))
+        mine |= {axis: tuple(dist.get_process_group_ranks(mesh.experts.get_group(axis))) for axis in ("efsdp", "ep", "etp")}
+        assert mine == {axis: next(g.ranks for g in shape.groups(axis) if 5 in g.ranks) for axis in mine}
+        assert mesh.group("tp").group_desc == "mesh_tp"
+        assert made
+        axes = list(dict.fromkeys(name.removeprefix("mesh_") for name, _ in made))
+        assert axes == [a for a in dict.fromkeys(g.axis for g in shape.all_groups(experts=True)) if a in axes]
+    finally:
+        dist.destroy_process_group()
