@@ -42,6 +42,17 @@ def swapped_parameters(module: nn.Module, tensors: dict[str, Any]) -> Any:
     return _reparametrize_module(module, tensors)
 
 
+def load_symmetric_memory() -> bool:
+    """Whether this torch has the operators torch.ops.symm_mem.fused_*, which are registered now."""
+    import torch
+
+    try:
+        import torch.distributed._symmetric_memory  # noqa: F401
+    except ImportError:
+        return False
+    return hasattr(torch.ops.symm_mem, "fused_all_gather_matmul") and hasattr(torch.ops.symm_mem, "fused_matmul_reduce_scatter")
+
+
 def flatten_mesh(mesh: Any, name: str) -> Any:
     """The DeviceMesh `mesh` as one axis of that name, with its groups made now."""
     return mesh._flatten(name)

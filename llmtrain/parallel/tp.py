@@ -24,10 +24,11 @@ from llmtrain.parallel.ops import (
     vocab_cross_entropy,
     vocab_embedding,
 )
+from llmtrain.parallel.ops.implementations import check_implementation
 from llmtrain.parallel.ops.sequence import local_length
 
 
-def apply_tp(model: nn.Module, mesh: DeviceMesh, *, chunks: int = 1) -> None:
+def apply_tp(model: nn.Module, mesh: DeviceMesh, *, chunks: int = 1, implementation: str = "chunked") -> None:
     """Share the layers of `model` (on meta, or a pipeline stage with parts missing) between the ranks of `mesh`, in place.
 
     Split weights become DTensors over `mesh` without communication; parameter names do not change. Afterwards the model takes whole
@@ -39,13 +40,15 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, *, chunks: int = 1) -> None:
         model: a Transformer, or another family with its parts.
         mesh: of one axis.
         chunks: pieces of the sequence that are sent one by one, each while another one is multiplied.
+        implementation: `chunked`, or `symm_mem` on cuda, which splits into pieces of its own.
 
     Raises UserError for a model whose heads, hidden width or vocabulary cannot be split by the number of ranks.
     """
     if mesh.size() == 1:
         return
     check_tp(model.cfg, mesh.size())
-    tp = _Tensor(mesh, chunks, model.cfg.vocab_size)
+    check_implementation(implementation, mesh.device_type)
+    tp = _Tensor(mesh, model.cfg.vocab_size, chunks=chunks, implementation=implementation)
     for name, block in [*model.blocks.items(), *((f"mtp.{i}", head.block) for i, head in enumerate(getattr(model, "mtp", None) or ()))]:
         if not isinstance(block.attention, Attention):
             raise UserError(f"parallel.tp {mesh.size()}: the attention of block {name}, {type(block.attention).__name__}, cannot be split")
@@ -83,10 +86,10 @@ def check_tp(cfg: ModelConfig, ranks: int) -> None:
 class _Tensor:
     """What replaces the forward passes of a model's parts, and what splits their parameters."""
 
-    def __init__(self, mesh: DeviceMesh, chunks: int, vocab_size: int):
+    def __init__(self, mesh: DeviceMesh, vocab_size: int, **fused):
         self.mesh, self.vocab_size = mesh, vocab_size
         self.group: dist.ProcessGroup = mesh.get_group()
-        self.fused = {"group": self.group, "chunks": chunks}
+        self.fused = {"group": self.group} | fused
         self.whole_to_split: dict[nn.Parameter, nn.Parameter] = {}  # a parameter of two modules stays one
 
     def split(self, module: nn.Module, name: str, dim: int) -> None:

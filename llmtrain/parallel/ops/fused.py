@@ -36,12 +36,10 @@ def all_gather_matmul(
         ordered: False gives rows [B*S,F] in the order in which they arrive, which `matmul_reduce_scatter` undoes; saves a copy.
         implementation: a key of IMPLEMENTATIONS.
     """
-    pieces = _pieces(x.shape[0], x.shape[1], group, chunks=chunks, ordered=ordered)
-    biases = biases or [None] * len(weights)
-    products = _GatherMatmul.apply(
-        _choose(implementation, pieces, group), pieces.local_rows(x if ordered else _one_row(x)), *weights, *biases
-    )
-    return [pieces.to_sequence(rows) for rows in products] if ordered else list(products)
+    how = _how(implementation, x.shape[0], x.shape[1], group, chunks=chunks, ordered=ordered)
+    rows = how.pieces.local_rows(x if ordered else x.flatten(0, 1)[None])
+    products = _GatherMatmul.apply(how, rows, *weights, *(biases or [None] * len(weights)))
+    return [how.pieces.to_sequence(product) for product in products] if ordered else list(products)
 
 
 def matmul_reduce_scatter(
@@ -59,24 +57,16 @@ def matmul_reduce_scatter(
     weight this rank's own. Raises UserError if t does not divide S.
     """
     if batch is None:
-        pieces = _pieces(x.shape[0], local_length(x.shape[1], group), group, chunks=chunks, ordered=True)
-        return pieces.from_local_rows(_MatmulScatter.apply(_choose(implementation, pieces, group), pieces.whole_rows(x), weight))
-    pieces = _pieces(batch, x.shape[0] // (batch * group.size()), group, chunks=chunks, ordered=False)
-    return _MatmulScatter.apply(_choose(implementation, pieces, group), x, weight).view(batch, -1, weight.shape[0])
+        how = _how(implementation, x.shape[0], local_length(x.shape[1], group), group, chunks=chunks, ordered=True)
+        return how.pieces.from_local_rows(_MatmulScatter.apply(how, how.pieces.whole_rows(x), weight))
+    how = _how(implementation, batch, x.shape[0] // (batch * group.size()), group, chunks=chunks, ordered=False)
+    return _MatmulScatter.apply(how, x, weight).view(batch, -1, weight.shape[0])
 
 
-def _pieces(batch: int, length: int, group: dist.ProcessGroup, *, chunks: int, ordered: bool) -> Pieces:
-    """Where order does not matter, batch rows are one long row, whose pieces need no copies."""
+def _how(name: str, batch: int, length: int, group: dist.ProcessGroup, *, chunks: int, ordered: bool) -> Chunked:
+    """The implementation. Where order does not matter, batch rows are one long row, whose pieces need no copies."""
     batch, length = (batch, length) if ordered else (1, batch * length)
-    return Pieces(batch=batch, length=length, ranks=group.size(), chunks=chunks)
-
-
-def _one_row(x: Tensor) -> Tensor:
-    return x.flatten(0, 1)[None]
-
-
-def _choose(name: str, pieces: Pieces, group: dist.ProcessGroup) -> Chunked:
-    return IMPLEMENTATIONS[name](pieces, group)
+    return IMPLEMENTATIONS[name](Pieces(batch=batch, length=length, ranks=group.size(), chunks=chunks), group)
 
 
 class _GatherMatmul(torch.autograd.Function):

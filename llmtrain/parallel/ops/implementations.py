@@ -5,12 +5,15 @@ An implementation works on rows (llmtrain.parallel.ops.pieces) and knows nothing
 symm_mem.fused_matmul_reduce_scatter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llmtrain.compat import load_symmetric_memory
+from llmtrain.errors import UserError
 from llmtrain.parallel.ops.pending import Pending, start_gather, start_scatter_sum
 from llmtrain.parallel.ops.pieces import Pieces
 
@@ -27,8 +30,8 @@ class Chunked:
         self.pieces, self.group = pieces, group
 
     @staticmethod
-    def unavailable(device: torch.device) -> str | None:
-        """Why it cannot be used on `device`, or None."""
+    def unavailable(device: str) -> str | None:
+        """Why it cannot be used on devices of this kind, or None."""
         return None
 
     def start_gather(self, rows: Tensor) -> Pending:
@@ -77,5 +80,43 @@ def _in_turn(rows: Tensor, sizes: list[int]) -> list[Tensor]:
     return [buffers[index % 2][:size] for index, size in enumerate(sizes)]
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Pieces, dist.ProcessGroup], Chunked]] = {"chunked": Chunked}
+class SymmetricMemory(Chunked):
+    """torch's kernels over symmetric memory (async tensor parallelism), which split into pieces themselves.
+
+    Not run on a GPU; checked on the CPU against torch's own plain versions of the two operators.
+    """
+
+    def __init__(self, pieces: Pieces, group: dist.ProcessGroup):
+        super().__init__(replace(pieces, chunks=1), group)
+
+    @staticmethod
+    def unavailable(device: str) -> str | None:
+        """As in Chunked."""
+        if device != "cuda":
+            return f"symmetric memory is there on cuda alone, not on {device}"
+        return None if load_symmetric_memory() else f"torch {torch.__version__} has no symm_mem.fused_all_gather_matmul"
+
+    def gather_mm(self, rows: Tensor, matrices: Sequence[Tensor], *, keep: bool = False) -> Products:
+        """As in Chunked."""
+        name = self.group.group_name
+        gathered, products = torch.ops.symm_mem.fused_all_gather_matmul(rows.contiguous(), list(matrices), 0, name, return_A=keep)
+        return products, gathered
+
+    def start_mm_scatter(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Pending:
+        """As in Chunked; a sum of products is one product of joined factors. Done when it returns, in the order of the device."""
+        (rows, matrix), several = pairs[0], len(pairs) > 1
+        if several:
+            rows, matrix = torch.cat([rows for rows, _ in pairs], 1), torch.cat([matrix for _, matrix in pairs])
+        return Pending(torch.ops.symm_mem.fused_matmul_reduce_scatter(rows, matrix, "sum", 0, self.group.group_name))
+
+
+IMPLEMENTATIONS: dict[str, type[Chunked]] = {"chunked": Chunked, "symm_mem": SymmetricMemory}
 """By the name that `implementation=` of the ops takes."""
+
+
+def check_implementation(name: str, device: str) -> None:
+    """Raise UserError unless there is an implementation of this name that devices of this kind can use."""
+    if name not in IMPLEMENTATIONS:
+        raise UserError(f"tensor parallelism by {name!r}: allowed are {', '.join(IMPLEMENTATIONS)}")
+    if reason := IMPLEMENTATIONS[name].unavailable(device):
+        raise UserError(f"tensor parallelism by {name!r}: {reason}; use 'chunked'")

@@ -6,6 +6,7 @@ itself, and all of the below are views.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -21,19 +22,19 @@ class Pieces:
     ranks: int
     chunks: int
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Positions of each piece; they differ by at most one, and none is empty."""
         count = max(1, min(self.chunks, self.length))
         cuts = [self.length * i // count for i in range(count + 1)]
         return [b - a for a, b in pairwise(cuts)]
 
-    @property
+    @cached_property
     def local_sizes(self) -> list[int]:
         """Rows of each piece on one rank."""
         return [self.batch * size for size in self.sizes]
 
-    @property
+    @cached_property
     def whole_sizes(self) -> list[int]:
         """Rows of each piece on all ranks together."""
         return [self.ranks * size for size in self.local_sizes]
