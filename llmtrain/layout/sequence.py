@@ -122,16 +122,12 @@ def partition(documents: Documents, cp: int, multiple: int = 1) -> Partition:
     """Part rows over `cp` ranks; `documents` holds the document lengths of each row, and `multiple` divides the length of a rank's rows.
 
     Kept for the last calls, so layers and pipeline stages that ask for the same micro-batch share one (`partition.cache_info()` counts).
-    Raises ValueError where rows have different lengths, a document is empty, or there is not a token for every rank.
+    Raises ValueError where rows have different lengths or a document is empty.
     """
     lengths = {sum(row) for row in documents}
     if len(lengths) != 1 or any(n < 1 for row in documents for n in row):
         raise ValueError(
             f"documents of rows with {sorted(lengths)} tokens; every row has to hold the same number, in documents of 1 or more"
-        )
-    if min(lengths) < cp:
-        raise ValueError(
-            f"rows of {min(lengths)} tokens over parallel.cp {cp} ranks: a rank would hold none; use longer rows or a smaller cp"
         )
     parted: dict[tuple[int, ...], tuple[tuple[Part, ...], ...]] = {}
     for row in documents:

@@ -37,6 +37,11 @@ class ContextParallel:
         # until the interpreter ends, and gloo's threads abort when they let go of tensors then.
         self._order = lru_cache(maxsize=64)(partial(_order, ranks=self.ranks, multiple=multiple))
 
+    @property
+    def layouts_made(self) -> int:
+        """How often the index tensors of a layout of documents were made; layers and pipeline stages share those of a micro-batch."""
+        return self._order.cache_info().misses
+
     def partition(self, documents: Documents) -> Partition:
         """Who holds what of rows with these documents; made once per layout."""
         return partition(documents, self.ranks, self.multiple)
@@ -117,7 +122,8 @@ class ContextParallel:
             piece = Mask(causal=True, window=mask.window)
             yield self.ops.attention(query, keys, values, mask=piece, q_offset=run.start, kv_offset=first)
         if padding.shape[2]:
-            yield q.new_zeros(*padding.shape[:3], whole.shape[-1] - width)
+            # The empty sums keep a rank that holds nothing but padding in the graph: its backward pass has to meet the others' too.
+            yield q.new_zeros(*padding.shape[:3], whole.shape[-1] - width) + q[:, :, :0].sum() + whole[:, :, :0].sum()
 
     def _ring(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Keys and values travel round the ranks."""
