@@ -1,6 +1,7 @@
 """Who holds which tokens of a row under context parallelism, and what each rank computes."""
 
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,10 +33,7 @@ def test_the_papers_toy_case_costs_the_same_on_every_rank():
 
 
 def test_cutting_the_whole_row_does_not():
-    places = document_places(TOY)
-    size = len(places) // 8
-    cost = [sum(place + 1 for place in places[chunk * size : (chunk + 1) * size]) for chunk in range(8)]
-    assert [cost[rank] + cost[7 - rank] for rank in range(4)] == [451, 355, 203, 283]
+    assert whole_row_cut(TOY, 4).tolist() == [451, 355, 203, 283]
 
 
 def test_lengths_that_divide_are_cut_by_the_papers_rule():
@@ -88,17 +86,33 @@ def test_pieces_cover_the_mask_and_their_cost_is_counted(documents, cp):
             assert np.array_equal(counts[row], expected)
 
 
-@pytest.mark.parametrize("cp", [2, 4, 8, 16])
-def test_ranks_do_equal_work_on_documents_of_any_length(cp):
-    rng = np.random.default_rng(0)
-    lengths, left = [], 8192
+def exponential_row(mean, seed):
+    rng, lengths, left = np.random.default_rng(seed), [], 8192
     while left:
-        lengths.append(min(left, 1 + int(rng.exponential(300))))
+        lengths.append(min(left, 1 + int(rng.exponential(mean))))
         left -= lengths[-1]
-    parted = partition((tuple(lengths),), cp)
-    work = [parted.score_entries(rank) for rank in range(cp)]
-    assert max(work) <= 1.02 * np.mean(work)
-    assert parted.padding_share == 0
+    return tuple(lengths)
+
+
+def whole_row_cut(lengths, cp):
+    """Scores per rank where the row is cut in 2 x cp chunks without regard to its documents."""
+    chunks = (np.array(document_places(lengths)) + 1).reshape(2 * cp, -1).sum(1)
+    return (chunks + chunks[::-1])[:cp]
+
+
+def test_the_documented_balance_is_what_the_code_gives():
+    page = (Path(__file__).parents[2] / "docs" / "context-parallel.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.endswith("% |")]
+    assert len(lines) == 6
+    for mean, cp, *cells in lines:
+        mean, cp = int(mean), int(cp)
+        rows = [exponential_row(mean, seed) for seed in range(20)]
+        ours = [[partition((row,), cp).score_entries(rank) for rank in range(cp)] for row in rows]
+        padded = [sum(-(-length // (2 * cp)) * 2 * cp for length in row) / sum(row) - 1 for row in rows]
+        plain = [whole_row_cut(row, cp) for row in rows]
+        uneven = [np.mean([max(work) / np.mean(work) for work in found]) for found in (ours, plain)]
+        assert cells == [f"{uneven[0]:.3f}", f"{uneven[1]:.2f}", f"{np.mean(padded):.1%}"]
+        assert all(partition((row,), cp).padding_share == 0 for row in rows)
 
 
 def test_documents_of_one_token_are_dealt_out():
