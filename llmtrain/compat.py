@@ -47,7 +47,7 @@ def load_symmetric_memory() -> bool:
     import torch
 
     try:
-        import torch.distributed._symmetric_memory  # noqa: F401
+        import torch.distributed._symmetric_memory
     except ImportError:
         return False
     return hasattr(torch.ops.symm_mem, "fused_all_gather_matmul") and hasattr(torch.ops.symm_mem, "fused_matmul_reduce_scatter")
@@ -88,6 +88,68 @@ def split_backward() -> tuple[Any, Any]:
     from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
     return stage_backward_input, stage_backward_weight
+
+
+def limit_collectives(seconds: float) -> None:
+    """Let every process group made so far fail a collective after `seconds`. torch gives groups other than the first limits of their own.
+
+    Back ends that cannot be told (hccl) keep what they have.
+    """
+    from datetime import timedelta
+
+    import torch
+    from torch.distributed.distributed_c10d import _world
+
+    for group in _world.pg_map:
+        for kind in {torch.device(device.type) for device in group._device_types}:
+            backend = group._get_backend(kind)
+            if hasattr(backend, "_set_default_timeout"):
+                backend._set_default_timeout(timedelta(seconds=seconds))
+
+
+def open_collectives() -> list[dict[str, Any]]:
+    """Collectives of this process that were issued and are not complete, oldest first, as torch's flight recorder knows them.
+
+    Each has `op`, `group` (its group_name), `sequence` within the group, and `since` (nanoseconds since 1970). Empty where this torch or
+    back end (hccl) keeps no such record. gloo and NCCL have recorders of their own.
+    """
+    import pickle
+
+    from torch._C import _distributed_c10d as c10d
+
+    found = []
+    for name in ("_dump_fr_trace", "_dump_nccl_trace"):
+        dump = getattr(c10d, name, None)
+        if dump is None:
+            continue
+        for entry in pickle.loads(dump(includeStackTraces=False)).get("entries", ()):
+            if not entry["retired"] and entry["state"] != "completed":
+                found.append(
+                    {
+                        "op": entry["profiling_name"].partition(":")[2] or entry["profiling_name"],
+                        "group": entry["process_group"][0],
+                        "sequence": entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"],
+                        "since": entry["time_created_ns"],
+                    }
+                )
+    return sorted(found, key=lambda entry: entry["since"])
+
+
+def own_store(timeout: float) -> Any:
+    """A connection of one's own to the store that the ranks met at, usable beside the main thread's; `timeout` in seconds.
+
+    None where this torch cannot make one.
+    """
+    from datetime import timedelta
+
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    if not hasattr(store, "clone"):
+        return None
+    store = store.clone()
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
 
 
 def compile_seconds() -> float:

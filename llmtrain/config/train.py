@@ -269,6 +269,8 @@ class GuardsConfig(Section):
     """Save and stop before this moment: an ISO time, or `slurm` for the job's own end."""
     deadline_margin: PositiveFloat = 120.0
     """Seconds before the deadline."""
+    hang_report: bool = True
+    """Say where every rank is when one has waited in a collective for parallel.timeout, then end all of them with exit code 3."""
 
 
 EngineConfig = NativeEngineConfig

@@ -14,6 +14,7 @@ from llmtrain.engine.micro_batch import MicroBatch
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.model import family
 from llmtrain.ops import Ops
+from llmtrain.parallel import where
 from llmtrain.parallel.apply import apply, stage_models
 from llmtrain.parallel.compile import decide
 from llmtrain.parallel.copies import EmbeddingCopy
@@ -121,6 +122,7 @@ class Stages:
             return self._train_pipeline(micros, objective, scale)
         losses = []
         for index, micro in enumerate(micros):
+            where.at(micro_batch=index)
             set_gradient_sync(self.parts[0], index == len(micros) - 1)
             loss = objective(self._call(0, micro, None, targets=True))
             (loss * scale).backward()

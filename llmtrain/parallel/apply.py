@@ -20,6 +20,7 @@ from llmtrain.parallel.gradients import partial_over_tp
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.parallel.tp import apply_tp
+from llmtrain.parallel.where import watch_layers
 
 
 def stage_models(build: Callable[[], nn.Module], *, plan: PipelinePlan | None, rank: int) -> dict[int, nn.Module]:
@@ -68,6 +69,7 @@ def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: C
             reshard_after_forward=parallel.reshard_after_forward and shape.pp == 1,
             expert_mesh=mesh.expert_fsdp_mesh() if mesh.experts is not None else None,
         )
+    watch_layers(model)
     model.to_empty(device=device.torch_device)
     assert names == [name for name, _ in model.named_parameters()], "wrapping must not change canonical names"
     return partial

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtrain.parallel.where import recorded
+
 
 class EmbeddingCopy:
     """Keeps the embedding of the last stage equal to that of the first: both take the step that the sum of their gradients asks for.
@@ -32,10 +34,12 @@ class EmbeddingCopy:
         if original is not None and copy is not None:
             copy.copy_(original)
         elif original is not None:
-            dist.send(original.contiguous(), group=self.group, group_dst=self.last)
+            with recorded("send", self.group):
+                dist.send(original.contiguous(), group=self.group, group_dst=self.last)
         elif copy is not None:
             arrived = torch.empty_like(copy, memory_format=torch.contiguous_format)
-            dist.recv(arrived, group=self.group, group_src=self.first)
+            with recorded("recv", self.group):
+                dist.recv(arrived, group=self.group, group_src=self.first)
             copy.copy_(arrived)
 
     def _swap(self, tensor: Tensor) -> Tensor:
@@ -45,6 +49,7 @@ class EmbeddingCopy:
             dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer),
             dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer),
         ]
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
+        with recorded("exchange", self.group):
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
         return theirs

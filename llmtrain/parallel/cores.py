@@ -20,7 +20,7 @@ def settled(cfg: ParallelConfig, *, mesh: Mesh) -> Iterator[str]:
     launcher (srun, mpirun, numactl) and are left where they are. A single rank is never bound: it may use all its cores anyway.
     """
     before, threads = cores.allowed_cpus(), torch.get_num_threads()
-    mine = (_machine(), tuple(sorted(before)), mesh.device.numa_node())
+    mine = (machine(), tuple(sorted(before)), mesh.device.numa_node())
     everyone = mesh.gather(mine) if mesh.world > 1 else [mine]
     neighbours = [rank for rank, (machine, _, _) in enumerate(everyone) if machine == mine[0]]
     placement, by_launcher = _place(mine, [everyone[rank] for rank in neighbours], neighbours.index(mesh.rank))
@@ -71,7 +71,7 @@ def _words(mesh: Mesh, *, by_launcher: bool, notes: list[str], neighbours: list[
     return f"{bound}{' | '.join(dict.fromkeys(sets))}, {threads} thread{plural}{each}{extra}"
 
 
-def _machine() -> str:
+def machine() -> str:
     """The same for two processes if they share a kernel."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else platform.node()

@@ -11,6 +11,9 @@ from llmtrain.compat import concatenate_meshes, flatten_mesh
 from llmtrain.config.train import ParallelConfig
 from llmtrain.device.base import Device
 from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
+from llmtrain.parallel.where import recorded
+
+MARGIN = 30.0  # seconds after parallel.timeout at which the back end itself gives up, should the watcher (`parallel/watch.py`) fail
 
 
 class Mesh:
@@ -60,13 +63,16 @@ class Mesh:
         dtype = torch.float32 if self.device.unsupported_dtype(torch.float64) else torch.float64
         tensor = torch.tensor(values, dtype=dtype, device=self.device.torch_device)
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with recorded("all_reduce", "world"):
+                dist.all_reduce(tensor)
+                return tensor.tolist()  # a device waits here
         return tensor.tolist()
 
     def gather(self, value: object) -> list:
         """`value` of every rank, in rank order; for rare events."""
         values: list = [None] * self.world
-        dist.all_gather_object(values, value)
+        with recorded("all_gather_object", "world"):
+            dist.all_gather_object(values, value)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -77,7 +83,7 @@ class Mesh:
 def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
     """Join the world that the launcher described (RANK, WORLD_SIZE, ...; alone without them) and build the mesh."""
     if not dist.is_initialized():
-        timeout = timedelta(seconds=cfg.timeout)
+        timeout = timedelta(seconds=cfg.timeout + MARGIN)
         options = dict(backend=device.collective_backend, timeout=timeout, **device.process_group_options(timeout))
         if "RANK" in os.environ:
             dist.init_process_group(**options)

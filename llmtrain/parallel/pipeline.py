@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from llmtrain.compat import reduce_fsdp_gradients, split_backward
 from llmtrain.layout.schedule import Action, Schedule, with_communication
+from llmtrain.parallel.where import at, recorded
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, hidden states from the stage before or None) -> hidden states, or the last stage's scalar to minimise."""
@@ -72,6 +73,7 @@ class _Run:
         """Carry out one action; a pair that may overlap is done one after the other."""
         for part in action.flat():
             key = part.stage, part.micro_batch
+            at(micro_batch=part.micro_batch)
             match part.kind:
                 case "F":
                     self._forward(*key)
@@ -92,8 +94,9 @@ class _Run:
 
     def finish(self) -> None:
         """Wait until everything sent has arrived."""
-        for _, works in self._sent:
-            _wait(works)
+        with recorded("send", self.pipeline.group):
+            for _, works in self._sent:
+                _wait(works)
 
     # --- computing ----------------------------------------------------------------------------------------------------------------
 
@@ -149,7 +152,9 @@ class _Run:
         if arriving is None:
             return self._ready.pop((kind, stage, micro))
         tensor, works = arriving
-        _wait(works)
+        source = self.schedule.stage_rank(stage - 1 if kind == "F" else stage + 1)
+        with recorded("recv", self.pipeline.group, peer=dist.get_global_rank(self.pipeline.group, source)):
+            _wait(works)
         return tensor
 
     def _receive(self, kind: str, stage: int, micro: int, *, source: int) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from llmtrain.ops import Call, Ops, resolve
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.compile import decide
 from llmtrain.parallel.cores import settled
+from llmtrain.parallel.watch import watching
 from llmtrain.train.console import Console
 from llmtrain.train.run_folder import RunFolder, setup_logging
 
@@ -93,7 +95,8 @@ def session(cfg: RunConfig) -> Iterator[Session]:
         raise UserError(f"precision.compute {cfg.precision.compute}: {reason}")
     mesh = world.start(cfg.parallel, device=device)
     try:
-        with settled(cfg.parallel, mesh=mesh) as cores, RunFolder.create(cfg) as folder:
+        watched = watching(cfg, mesh=mesh, folder=Path(cfg.output) / cfg.name)
+        with watched, settled(cfg.parallel, mesh=mesh) as cores, RunFolder.create(cfg) as folder:
             setup_logging(folder.path, mesh.rank)
             ops = resolve(cfg.kernels, op_call(cfg, device))
             console = Console(enabled=mesh.rank == 0)

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from llmtrain.hardware import cores
+from llmtrain.parallel import board
 from llmtrain.tools.slurm import adopt_rank
 
 STOPPED, GUARD = 2, 3  # exit codes of ranks that end by their own decision
@@ -21,6 +22,7 @@ KILLED = 128 + signal.SIGKILL
 POLL = 0.05  # seconds between looks at the ranks
 FAIL_PATIENCE = 1.0  # seconds the other ranks get to fail by themselves, as they do after a user's error
 KILL_PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL once a rank has failed
+HANG_PATIENCE = 2.0  # seconds that ranks get to end by themselves once the report of a hang is there
 TAIL_LINES = 25
 
 # Runs in the child before the target. A process group of its own keeps the terminal's Ctrl-C away (the parent forwards it once, as
@@ -69,11 +71,16 @@ def run_local(
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; it must be at least 1")
     target = [*(command or (sys.executable, "-m", "llmtrain")), *argv]
-    with _log_folder(logs) as folder, _reserved_port() as port, _requests() as requests:
-        group = _Group(folder)
+    with (
+        _log_folder(logs) as folder,
+        tempfile.TemporaryDirectory(prefix="llmtrain-") as meeting,
+        _reserved_port() as port,
+        _requests() as requests,
+    ):
+        group = _Group(folder, Path(meeting))
         try:
             for rank in range(ranks):
-                group.start(target, _rank_env(rank, ranks, port=port, threads=threads))
+                group.start(target, _rank_env(rank, ranks, port=port, threads=threads) | {board.VARIABLE: meeting})
             return _supervise(group, requests, grace)
         finally:
             group.kill()
@@ -100,8 +107,10 @@ def _machine() -> list[cores.Core]:
 class _Group:
     """The processes of one run, in rank order, and the order in which they failed."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, meeting: Path):
+        self.folder, self.meeting = folder, meeting
+        self.hang: dict | None = None
+        """The report of a hang, once the ranks have made it (`parallel/board.py`)."""
         self.processes: list[subprocess.Popen] = []
         self.log_starts: list[int] = []
         self.failed: list[int] = []
@@ -124,6 +133,8 @@ class _Group:
         new = [rank for rank, code in enumerate(codes) if code and rank not in self.failed]
         # Of ranks that failed between two looks, one ended by a signal or with a traceback is the likelier cause.
         self.failed += sorted(new, key=lambda rank: (codes[rank] > 0, not self.has_traceback(rank)))
+        if new and self.hang is None:
+            self.hang = board.read_json(self.meeting / board.REPORT)
         return None in codes
 
     def send(self, signum: int) -> None:
@@ -143,6 +154,8 @@ class _Group:
 
     def code(self, rank: int) -> int:
         code = self.processes[rank].returncode
+        if self.hang and code == -signal.SIGKILL and rank in self.hang["ending"]:
+            return GUARD
         return 128 - code if code < 0 else code
 
     def has_traceback(self, rank: int) -> bool:
@@ -173,6 +186,8 @@ def _supervise(group: _Group, requests: list[int], grace: float) -> int:
             seen = len(requests)
         if group.failed and terminate_at == float("inf"):
             terminate_at = now + (grace if group.code(group.failed[0]) in (STOPPED, GUARD) else FAIL_PATIENCE)
+        if group.hang and not stopped:
+            stopped, kill_at = True, now + HANG_PATIENCE
         if now >= terminate_at and not stopped:
             group.send(signal.SIGTERM)
             stopped, kill_at = True, now + KILL_PATIENCE
@@ -195,6 +210,10 @@ def _outcome(group: _Group) -> int:
     # A rank that failed for another reason outweighs ranks that stopped by decision.
     blamed = next((r for r in group.failed if group.code(r) not in (STOPPED, GUARD)), first)
     code = group.code(blamed)
+    if group.hang and group.processes[0].returncode != GUARD:
+        sys.stderr.write(f"\n{group.hang['text']}")
+    if group.hang and code == GUARD:
+        return GUARD
     if group.killed and code in (STOPPED, GUARD):
         _say("some ranks did not stop in time and were killed; the newest complete checkpoint is what is saved")
         return KILLED

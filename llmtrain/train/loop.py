@@ -13,6 +13,7 @@ from llmtrain.device.dtypes import torch_dtype
 from llmtrain.engine.base import Engine, StepResult
 from llmtrain.errors import UserError
 from llmtrain.layout.steps import Phase, Step, StepPlan
+from llmtrain.parallel import where
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.train.checkpoint import Checkpointer
 from llmtrain.train.checkpoint_files import complete
@@ -92,12 +93,14 @@ class Loop:
                 if self._after_step(step, stop):
                     stream.close()
                     return STOPPED
+                where.at(step=self.next_step + 1, phase="data")
                 asked = time.perf_counter()
         return DONE
 
     # --- one step -----------------------------------------------------------------------------------------------------------------
 
     def _step(self, step: Step, micro_batches: list[Batch], *, waited: float) -> None:
+        where.at(step=step.index + 1, phase="training")
         self.speed.start_step()
         result = self.engine.forward_backward(micro_batches)
         norm = self.engine.grad_norm()
@@ -176,6 +179,7 @@ class Loop:
     def validate(self, done: int, *, micro_batch: int) -> dict[str, float]:
         """Loss of every validation source after `done` steps."""
         losses = {}
+        where.at(phase="validation")
         for name, dataset in self.inputs.validation.items():
             samples = min(self.cfg.train.validate_samples, len(dataset))
             batches = validation_batches(
@@ -254,6 +258,7 @@ class Loop:
         return last.first_sample + last.batch
 
     def _save(self) -> None:
+        where.at(phase="checkpoint")
         done = self.next_step
         last = self.plan.step(done - 1)
         meta = {
