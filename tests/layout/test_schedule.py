@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from llmtrain.errors import UserError
-from llmtrain.layout.schedule import KINDS, Action, build, forward_only, peak_activations, resolve, with_communication
+from llmtrain.layout.schedule import KINDS, Action, build, forward_only, peak_activations, resolve, stage_rank, with_communication
 from llmtrain.layout.schedule_orders import rounds
 
 MICRO_BATCHES = (1, 2, 3, 5, 8, 11, 16, 32)
@@ -201,6 +201,7 @@ def test_stages_lie_in_loops_or_on_a_v():
     assert [loop.stages_of(rank) for rank in range(4)] == [(0, 4), (1, 5), (2, 6), (3, 7)]
     assert [v.stages_of(rank) for rank in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
     assert (loop.stage_rank(6), v.stage_rank(6), v.virtual_stages) == (2, 1, 2)
+    assert [stage_rank(stage, ranks=2, placement="v") for stage in range(7)] == [0, 1, 1, 0, 0, 1, 1]
 
 
 def test_names_are_torchs():

@@ -26,18 +26,17 @@ def test_six_virtual_stages_take_the_bubble_from_30_to_7_per_cent():
     assert bubble(build("interleaved", ranks=8, virtual_stages=6, micro_batches=16)) == pytest.approx(0.0680, abs=1e-4)
 
 
-@pytest.mark.parametrize(("p", "n"), [(1, 4), (2, 3), (4, 4), (4, 12), (8, 24), (8, 8)])
+@pytest.mark.parametrize(("p", "n"), [(1, 4), (2, 3), (4, 4), (4, 7), (4, 12), (8, 8), (8, 19), (8, 24)])
 def test_closed_forms(p, n):
     one = (p - 1) / (p - 1 + n)
     assert bubble(build("gpipe", ranks=p, virtual_stages=1, micro_batches=n), forward=1, backward=3) == pytest.approx(one)
     assert bubble(build("1f1b", ranks=p, virtual_stages=1, micro_batches=n)) == pytest.approx(one)
     for v in (2, 3):
-        if n % p == 0:
-            schedule = build("interleaved", ranks=p, virtual_stages=v, micro_batches=n)
-            assert bubble(schedule) == pytest.approx((p - 1) / (p - 1 + n * v))
+        schedule = build("interleaved", ranks=p, virtual_stages=v, micro_batches=n)
+        assert bubble(schedule) == pytest.approx((p - 1) / (p - 1 + n * v))
 
 
-@pytest.mark.parametrize(("p", "n"), [(2, 4), (4, 8), (8, 16), (8, 32)])
+@pytest.mark.parametrize(("p", "n"), [(2, 4), (4, 7), (4, 8), (8, 16), (8, 19), (8, 32)])
 def test_zero_bubble_waits_for_a_third_and_with_two_stages_for_a_sixth(p, n):
     """With F, I and W one unit each, ZB-H1 waits (p - 1) units of 3 n computed; two stages per rank halve the wait."""
     schedule = build("zero_bubble", ranks=p, virtual_stages=1, micro_batches=n)

@@ -48,6 +48,14 @@ def test_short_stages_are_spread_over_ranks():
         assert rank_totals(split, ranks=8, placement=placement) == [stages * 3 // 16] * 8
 
 
+def test_of_equal_stages_the_one_on_the_idler_rank_gets_the_block():
+    """On a V rank 3 holds stages 3 and 4: once one of them has two blocks, stage 0 beside the head is the next."""
+    cost = PartCosts(head=1.5)
+    split = balance(11, 8, cost=cost, ranks=4, placement="v")
+    assert split == (2, 1, 1, 1, 2, 2, 2, 0)
+    assert rank_totals(cost.of_stages(split), ranks=4, placement="v") == [3.5, 3.0, 3.0, 3.0]
+
+
 def test_94_blocks_over_48_stages():
     """A head as costly as 1.3 blocks takes the place of the last stage's two."""
     model = ModelConfig.model_validate(PANGU)
