@@ -5,12 +5,15 @@ rows of all ranks come as pieces one after the other, each of them [t,B,s_i,F]. 
 itself, and all of the below are views.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -40,27 +43,66 @@ class Pieces:
         return [self.ranks * size for size in self.local_sizes]
 
     def local_rows(self, x: Tensor) -> Tensor:
-        """[B,s,F] -> [B*s,F], piece after piece; a copy if there are several pieces of several batch rows."""
-        if self.batch == 1 or len(self.sizes) == 1:
-            return x.flatten(0, 1)
-        return torch.cat([piece.flatten(0, 1) for piece in x.split(self.sizes, 1)])
+        """[B,s,F] -> [B*s,F], piece after piece; one copy if there are several pieces of several batch rows."""
+        return x.flatten(0, 1) if self.batch == 1 else replace(self, ranks=1).whole_rows(x)
 
     def from_local_rows(self, rows: Tensor) -> Tensor:
         """The inverse of `local_rows`."""
-        if self.batch == 1 or len(self.sizes) == 1:
-            return rows.view(self.batch, self.length, -1)
-        pieces = zip(rows.split(self.local_sizes), self.sizes)
-        return torch.cat([piece.view(self.batch, size, -1) for piece, size in pieces], 1)
+        return rows[None] if self.batch == 1 else replace(self, ranks=1).to_sequence(rows)
 
     def whole_rows(self, y: Tensor) -> Tensor:
         """[B,S,...] -> [t*B*s,F] in the order of arrival; one copy, none if there is one piece of one contiguous batch row."""
-        y = y.unflatten(1, (self.ranks, self.length)).transpose(0, 1)  # [t,B,s,...]
-        pieces = [piece.reshape(rows, -1) for piece, rows in zip(y.split(self.sizes, 2), self.whole_sizes)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if len(self.sizes) > 1:
+            return _Arrange.apply(y, self).flatten(1)
+        return y.unflatten(1, (self.ranks, self.length)).transpose(0, 1).reshape(sum(self.whole_sizes), -1)
 
     def to_sequence(self, rows: Tensor) -> Tensor:
         """The inverse of `whole_rows`: [t*B*s,F] -> [B,S,F]; one copy, none if there is one piece of one batch row."""
-        pieces = zip(rows.split(self.whole_sizes), self.sizes)
-        parts = [piece.view(self.ranks, self.batch, size, -1).transpose(0, 1) for piece, size in pieces]  # [B,t,s_i,F]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        return whole.reshape(self.batch, self.ranks * self.length, -1)
+        if len(self.sizes) > 1:
+            return _Restore.apply(rows, self)
+        parts = rows.view(self.ranks, self.batch, self.length, -1).transpose(0, 1)
+        return parts.reshape(self.batch, self.ranks * self.length, -1)
+
+    def arrange(self, y: Tensor) -> Tensor:
+        """[B,S,...] -> [t*B*s,...], without gradients."""
+        rows = y.new_empty(sum(self.whole_sizes), *y.shape[2:])
+        for place, piece in self._places(rows, y):
+            place.copy_(piece)
+        return rows
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """The inverse of `arrange`."""
+        y = rows.new_empty(self.batch, self.ranks * self.length, *rows.shape[1:])
+        for place, piece in self._places(rows, y):
+            piece.copy_(place)
+        return y
+
+    def _places(self, rows: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each piece [t,B,s_i,...] as part of the rows and of the sequence."""
+        shared = y.unflatten(1, (self.ranks, self.length)).transpose(0, 1)  # [t,B,s,...]
+        for place, piece in zip(rows.split(self.whole_sizes), shared.split(self.sizes, 2)):
+            yield place.unflatten(0, piece.shape[:3]), piece
+
+
+class _Arrange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, pieces: Pieces) -> Tensor:
+        ctx.pieces = pieces
+        return pieces.arrange(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.pieces.restore(grad), None
+
+
+class _Restore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, pieces: Pieces) -> Tensor:
+        ctx.pieces = pieces
+        return pieces.restore(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.pieces.arrange(grad), None
