@@ -107,6 +107,17 @@ class Board:
         """What `finish` wrote."""
         return read_json(self.folder / REPORT)
 
+    def clear(self, *, last: bool) -> None:
+        """Remove what a hang leaves, where the launcher does not; the `last` rank waits for the others and removes the folder."""
+        if VARIABLE in os.environ:
+            return
+        self._path("where").unlink(missing_ok=True)
+        end = time.monotonic() + 1.0
+        while last and any(self.folder.glob("*.where")) and time.monotonic() < end:
+            time.sleep(0.05)
+        if last:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def _path(self, suffix: str, rank: int | None = None) -> Path:
         return self.folder / f"rank-{self.rank if rank is None else rank}.{suffix}"
 

@@ -116,6 +116,7 @@ class Watch:
                 self._lead()
             else:
                 self._follow()
+            self.board.clear(last=first)
         except Exception:  # whatever fails here, the process must end
             os.write(2, traceback.format_exc().encode())
         os._exit(GUARD)

@@ -31,12 +31,15 @@ COLLECTIVES = (
 )
 
 
+ALL = -1
+
+
 def fail_in(axis: str, act: Callable[[], None], *, step: int, rank: int, direction: str | None = None, op: str | None = None) -> None:
     """On `rank`, call `act` once before the first collective of `axis` (or "world") in or after `step`.
 
     direction: only in forward or in backward passes. op: only before this function of torch.distributed.
     """
-    if int(os.environ["RANK"]) != rank:
+    if rank not in (int(os.environ["RANK"]), ALL):
         return
     done = []
 
@@ -72,6 +75,10 @@ def _sleep() -> None:
     time.sleep(600)
 
 
+def _pause() -> None:
+    time.sleep(12)
+
+
 def _stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -89,7 +96,7 @@ def _hold() -> None:
     re.match(r"(a+)+$", "a" * 60 + "b")
 
 
-ACTS = {"sleep": _sleep, "stop": _stop, "die": _die, "raise": _raise, "hold": _hold}
+ACTS = {"sleep": _sleep, "pause": _pause, "stop": _stop, "die": _die, "raise": _raise, "hold": _hold}
 
 if __name__ == "__main__":
     from llmtrain.cli import main
