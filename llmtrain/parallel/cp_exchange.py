@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrain.layout.sequence import Partition
+from llmtrain.parallel.where import recorded
 
 
 class Order:
@@ -48,7 +49,8 @@ class Order:
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[L, ...] -> [n*L, ...], the ranks' tensors one after the other."""
     joined = local.new_empty(dist.get_world_size(group) * local.shape[0], *local.shape[1:])
-    _collective("all_gather_single", "all_gather_into_tensor")(joined, local.contiguous(), group=group)
+    with recorded("all_gather", group):
+        _collective("all_gather_single", "all_gather_into_tensor")(joined, local.contiguous(), group=group)
     return joined
 
 
@@ -63,7 +65,8 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         joined = ctx.order.joined(grad)
         local = joined.new_empty(ctx.order.length, *joined.shape[1:])
-        _collective("reduce_scatter_single", "reduce_scatter_tensor")(local, joined, group=ctx.group)
+        with recorded("reduce_scatter", ctx.group):
+            _collective("reduce_scatter_single", "reduce_scatter_tensor")(local, joined, group=ctx.group)
         return local, None, None
 
 
@@ -72,17 +75,20 @@ def gather_rows(local: Tensor, order: Order, group: dist.ProcessGroup) -> Tensor
     return _GatherRows.apply(local, order, group)
 
 
-def _to_heads(x: Tensor, order: Order, group: dist.ProcessGroup) -> Tensor:
-    sent = x.movedim(2, 0).contiguous()  # [n, L, B, F]
+def _all_to_all(sent: Tensor, group: dist.ProcessGroup) -> Tensor:
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    with recorded("all_to_all", group):
+        dist.all_to_all_single(received, sent, group=group)
+    return received
+
+
+def _to_heads(x: Tensor, order: Order, group: dist.ProcessGroup) -> Tensor:
+    received = _all_to_all(x.movedim(2, 0).contiguous(), group)  # [n, L, B, F]
     return order.whole(received.flatten(0, 1))
 
 
 def _to_sequence(x: Tensor, order: Order, group: dist.ProcessGroup) -> Tensor:
-    sent = order.joined(x)  # [n*L, B, F]
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    received = _all_to_all(order.joined(x), group)  # [n*L, B, F]
     return received.unflatten(0, (order.ranks, order.length)).movedim(0, 2)
 
 
