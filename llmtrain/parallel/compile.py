@@ -65,6 +65,8 @@ def _obstacle(cfg: RunConfig, kind: str) -> str | None:
     p = cfg.parallel
     if max(p.tp, p.cp, p.ep) > 1:
         return "the collectives of parallel.tp, cp and ep inside the blocks have not been tried under torch.compile"
+    if cfg.model.ffn.kind == "moe":
+        return "the rows that a mixture of experts sends to each expert change with every batch"
     if cfg.train.recompute == "selective":
         return "train.recompute selective decides op by op, which compiled code hides; full works"
     if kind == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):

@@ -69,20 +69,6 @@ class ContextParallel:
         joined = all_gather(local.transpose(0, 1), self.group)
         return self._order(rows, local.device).whole(joined).transpose(0, 1)
 
-    def check(self, model: ModelConfig) -> None:
-        """Raise UserError where the kind cannot serve attention of this model; `multiple` ranks share its heads."""
-        self._check(heads=model.attention.heads // self.multiple, window=model.attention.window)
-
-    def _check(self, *, heads: int, window: int | None) -> None:
-        if self.kind == "ring" and window is not None:
-            raise UserError(f"parallel.cp_kind=ring knows no window (model.attention.window={window}); use parallel.cp_kind: all_gather")
-        if self.kind == "ulysses" and heads % self.ranks:
-            tp = f" / parallel.tp {self.multiple} = {heads}" if self.multiple > 1 else ""
-            total = f"model.attention.heads {heads * self.multiple}{tp}"
-            raise UserError(
-                f"parallel.cp_kind=ulysses: {total} is no multiple of parallel.cp {self.ranks}; use parallel.cp_kind: all_gather or ring"
-            )
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, cache: Any = None) -> Tensor:
         """In the place of `Attention.attend`: q [B,H,L,d], k [B,K,L,d], v [B,K,L,dv] of this rank -> [B,H,L,dv], zeros in padding.
 
@@ -92,7 +78,7 @@ class ContextParallel:
             raise UserError(f"a key-value cache under parallel.cp {self.ranks}: generate without one, or with parallel.cp: 1")
         if mask.documents is None or not mask.causal:
             raise ValueError("attention under parallel.cp is causal and needs the documents that ContextParallel.split gave")
-        self._check(heads=q.shape[1], window=mask.window)
+        _check(self.kind, heads=q.shape[1], window=mask.window, cp=self.ranks, tp=self.multiple)
         length = self.local_length(mask.documents)
         if q.shape[2] != length:
             raise ValueError(f"attention under parallel.cp: {q.shape[2]} queries, but rows of these documents hold {length} on a rank")
@@ -142,6 +128,21 @@ class ContextParallel:
         out = self.ops.attention(*rows, mask=mask)
         back = heads_to_sequence(out.permute(2, 0, 1, 3).flatten(2), order, self.group)  # [L,B,n,H/n*dv]
         return back.unflatten(3, (-1, v.shape[-1])).flatten(2, 3).permute(1, 2, 0, 3)
+
+
+def check_cp(model: ModelConfig, kind: str, *, cp: int, tp: int) -> None:
+    """Raise UserError where parallel.cp_kind `kind` cannot serve attention of this model, whose heads `tp` ranks share."""
+    _check(kind, heads=model.attention.heads // tp, window=model.attention.window, cp=cp, tp=tp)
+
+
+def _check(kind: str, *, heads: int, window: int | None, cp: int, tp: int) -> None:
+    """`heads` are those of one rank."""
+    if kind == "ring" and window is not None:
+        raise UserError(f"parallel.cp_kind=ring knows no window (model.attention.window={window}); use parallel.cp_kind: all_gather")
+    if kind == "ulysses" and heads % cp:
+        shared = f" / parallel.tp {tp} = {heads}" if tp > 1 else ""
+        total = f"model.attention.heads {heads * tp}{shared}"
+        raise UserError(f"parallel.cp_kind=ulysses: {total} is no multiple of parallel.cp {cp}; use parallel.cp_kind: all_gather or ring")
 
 
 def apply_cp(model: nn.Module, cp: ContextParallel) -> None:

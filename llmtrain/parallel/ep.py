@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from llmtrain.config.model import ModelConfig
 from llmtrain.errors import UserError
 from llmtrain.model.experts import Dispatched, Experts, RoutedExperts
 from llmtrain.model.moe import MoE
@@ -237,17 +238,28 @@ def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.Proces
         _share(layer, expert_mesh, tp_group)
 
 
-def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None) -> None:
-    experts, (ep, etp) = layer.experts, (mesh.size(mesh.mesh_dim_names.index(axis)) for axis in ("ep", "etp"))
-    count, _, width = experts.up_proj.shape
-    if count % ep:
+def check_ep(model: ModelConfig, *, ep: int, etp: int) -> None:
+    """Raise UserError, with the arithmetic, unless the experts of this model can be shared so."""
+    if model.ffn.kind != "moe":
+        raise UserError(f"parallel.ep {ep} and etp {etp} share experts, and model.ffn.kind {model.ffn.kind} has none; set both to 1")
+    _check(model.ffn.experts, model.ffn.hidden, ep=ep, etp=etp)
+
+
+def _check(experts: int, width: int, *, ep: int, etp: int) -> None:
+    if experts % ep:
         raise UserError(
-            f"parallel.ep {ep} does not divide model.ffn.experts {count}: {count} / {ep} = {count / ep:.2f}; change one of them"
+            f"parallel.ep {ep} does not divide model.ffn.experts {experts}: {experts} / {ep} = {experts / ep:.2f}; change one of them"
         )
     if width % etp:
         raise UserError(
             f"parallel.etp {etp} does not divide model.ffn.hidden {width}: {width} / {etp} = {width / etp:.2f}; set parallel.etp 1"
         )
+
+
+def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None) -> None:
+    experts, (ep, etp) = layer.experts, (mesh.size(mesh.mesh_dim_names.index(axis)) for axis in ("ep", "etp"))
+    count, _, width = experts.up_proj.shape
+    _check(count, width, ep=ep, etp=etp)
     _shard_weights(experts, mesh, [axis for axis, size in (("ep", ep), ("etp", etp)) if size > 1])
     experts.weights = partial(_local_weights, experts)
     if ep > 1:

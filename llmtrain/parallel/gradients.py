@@ -26,7 +26,8 @@ def sum_gradients(gradients: Iterable[Tensor], group: dist.ProcessGroup) -> None
     for same in by_dtype.values():
         flat = torch.cat([gradient.flatten() for gradient in same])
         dist.all_reduce(flat, group=group)
-        torch._foreach_copy_(same, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in same]), same)])
+        for gradient, total in zip(same, flat.split([gradient.numel() for gradient in same])):
+            gradient.copy_(total.view_as(gradient))
 
 
 def holders(parameter: Tensor, ranks: int) -> int:

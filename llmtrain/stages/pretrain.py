@@ -37,13 +37,14 @@ def preflight(cfg: RunConfig) -> int:
     plan = StepPlan.from_config(cfg)
     from llmtrain.device import select
     from llmtrain.model.family import check_family
+    from llmtrain.parallel.check import check_parallel
     from llmtrain.stages.session import ranks_wanted
     from llmtrain.train.stopping import StopRequest
 
     select(cfg.device)  # refuses a device that is not usable here
     check_family(cfg.model.family)
     ranks = ranks_wanted(cfg)
-    plan.check_batches(dp=MeshShape.from_config(cfg.parallel, world=ranks).dp)
+    check_parallel(with_vocabulary(cfg), MeshShape.from_config(cfg.parallel, world=ranks), plan)
     with StopRequest(cfg.guards):  # refuses a deadline that has passed
         return ranks
 
@@ -54,6 +55,7 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
     objective: what is minimised, from the model's outputs (docs/interfaces.md, Objectives); the summed cross-entropy if not given.
     """
     from llmtrain.model.objective import cross_entropy
+    from llmtrain.parallel.check import check_parallel
     from llmtrain.stages.pretrained import loader
     from llmtrain.stages.session import session
     from llmtrain.stages.source_check import check_sources
@@ -66,7 +68,7 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
     cfg = with_vocabulary(cfg)
     plan = StepPlan.from_config(cfg)
     with StopRequest(cfg.guards) as stop, session(cfg) as s:
-        plan.check_batches(dp=s.mesh.shape.dp)
+        check_parallel(cfg, s.mesh.shape, plan)
         if s.mesh.rank == 0:
             s.introduce()
         stop.folder = s.folder.path

@@ -1,0 +1,27 @@
+"""What can be known to be wrong about a mesh before any rank starts."""
+
+from llmtrain.config.run import RunConfig
+from llmtrain.errors import UserError
+from llmtrain.layout.mesh import MeshShape
+from llmtrain.layout.pipeline import PipelinePlan
+from llmtrain.layout.steps import StepPlan
+from llmtrain.parallel.cp import check_cp
+from llmtrain.parallel.ep import check_ep
+from llmtrain.parallel.tp import check_tp
+
+
+def check_parallel(cfg: RunConfig, shape: MeshShape, plan: StepPlan) -> None:
+    """Raise UserError, with the arithmetic and the option to change, unless the model and its batches fit the mesh of `shape`."""
+    plan.check_batches(dp=shape.dp)
+    if shape.tp > 1:
+        check_tp(cfg.model, shape.tp)
+    if shape.cp > 1:
+        check_cp(cfg.model, cfg.parallel.cp_kind, cp=shape.cp, tp=shape.tp)
+    if shape.ep > 1 or shape.etp > 1:
+        check_ep(cfg.model, ep=shape.ep, etp=shape.etp)
+    if shape.pp > 1:
+        pipeline = PipelinePlan.from_config(cfg)
+        for segment in plan.segments:
+            pipeline.schedule(segment.batch // (shape.dp * segment.phase.micro_batch))
+    elif cfg.parallel.virtual_stages > 1:
+        raise UserError(f"parallel.virtual_stages {cfg.parallel.virtual_stages} needs a pipeline: set parallel.pp, or virtual_stages to 1")
