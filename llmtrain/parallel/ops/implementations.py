@@ -65,7 +65,8 @@ class Chunked:
         pieces = zip(*(rows.split(whole) for rows, _ in pairs), strict=True)
         works: list = []
         for inputs, out in zip(pieces, result.split(self.pieces.local_sizes)):
-            partial = inputs[0] @ matrix
+            # By out=, as in gather_mm: selective recomputation would keep what mm returns, here S positions for S/t of result.
+            partial = torch.mm(inputs[0], matrix, out=result.new_empty(inputs[0].shape[0], matrix.shape[1]))
             for rows, (_, other) in zip(inputs[1:], pairs[1:]):
                 partial.addmm_(rows, other)
             if len(works) > 1:
