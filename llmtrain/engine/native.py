@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from llmtrain.compat import compile_seconds
 from llmtrain.config.run import RunConfig
@@ -16,7 +18,7 @@ from llmtrain.engine.loss_scale import LossScale
 from llmtrain.engine.micro_batch import MicroBatch, prepare
 from llmtrain.engine.stages import Stages, build_stages
 from llmtrain.errors import UserError
-from llmtrain.model.init import initialise, measure_branch_std, set_post_norm_gamma
+from llmtrain.model.init import branch_moments, branch_std, initialise, set_post_norm_gamma
 from llmtrain.ops import Ops
 from llmtrain.parallel.compile import eager
 from llmtrain.parallel.fsdp import local_tensor, release_gathered
@@ -179,20 +181,29 @@ class NativeEngine:
         norm = self.cfg.model.norm
         if norm.placement != "depth_scaled_sandwich" or "auto" not in (norm.c_attention, norm.c_ffn):
             return {}
-        shape = self.mesh.shape
-        if max(shape.pp, shape.cp, shape.tp) > 1:
-            raise UserError(
-                f"model.norm.c_attention and c_ffn auto are measured on whole layers: {shape.describe()} splits them; "
-                "measure with data-parallel ranks alone and write the values into the configuration"
-            )
-        (part,) = self.stages.parts.values()
+        (micro,) = self._prepared([batch])
         with self._eager():
-            attention, ffn = measure_branch_std(part, lambda: self.stages.infer(self._prepared([batch]), output="ce_sum"))
-        release_gathered(part)
+            moments = branch_moments(
+                self.stages.parts.values(), lambda: self.stages.infer([micro], output="ce_sum"), real=self._real_positions(batch)
+            )
+        for axis in ("tp", "cp", "pp"):
+            if getattr(self.mesh.shape, axis) > 1:
+                dist.all_reduce(moments, group=self.mesh.group(axis))
+        attention, ffn = branch_std(moments)
         c_attention = attention if norm.c_attention == "auto" else norm.c_attention
         c_ffn = ffn if norm.c_ffn == "auto" else norm.c_ffn
-        set_post_norm_gamma(part, c_attention, c_ffn)
+        for part in self.stages.parts.values():
+            release_gathered(part)
+            set_post_norm_gamma(part, c_attention, c_ffn)
         return {"c_attention": c_attention, "c_ffn": c_ffn}
+
+    def _real_positions(self, batch: Batch) -> torch.Tensor | None:
+        """Which positions of the hidden states [B,S] that this rank holds between blocks are tokens of `batch`; None if all are."""
+        shape = self.mesh.shape
+        if shape.cp * shape.tp == 1:
+            return None
+        (ones,) = self._prepared([replace(batch, tokens=torch.ones_like(batch.tokens))])  # padding is token 0
+        return (ones.tokens == 1).chunk(shape.tp, dim=1)[self.mesh.place("tp")]
 
     # --- state --------------------------------------------------------------------------------------------------------------------
 

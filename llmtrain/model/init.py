@@ -1,7 +1,7 @@
 """Initial weights, the same whatever the mesh."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -116,12 +116,30 @@ def measure_branch_std(model: nn.Module, run: Callable[[], object]) -> tuple[flo
 
     `run` does one forward pass of `model`; on several ranks give all of them the same tokens. Defines Pangu Ultra's c_attn, c_mlp.
     """
-    _require_post_norms(model)
-    stds: dict[str, list[Tensor]] = {"attention": [], "ffn": []}
+    return branch_std(branch_moments([model], run))
+
+
+def branch_moments(models: Iterable[nn.Module], run: Callable[[], object], *, real: Tensor | None = None) -> Tensor:
+    """Sum, sum of squares and count of every branch's output before its post norm: [L,2,3] fp64, zeros for blocks held elsewhere.
+
+    `models` are the whole model or stages of a pipeline, which `run` forwards once. `real` [B,S] leaves out positions that are padding.
+    Moments of parts of a sequence, or of stages, add up; `branch_std` makes a std of each layer of the sum.
+    """
+    models = list(models)
+    for model in models:
+        _require_post_norms(model)
+    parameter = next(models[0].parameters())
+    found = torch.zeros(models[0].cfg.layers, 2, 3, dtype=torch.float64, device=parameter.device)
+
+    def add(layer: int, branch: int, out: Tensor) -> None:
+        rows = out.double() if real is None else out[real].double()
+        found[layer, branch] += torch.stack([rows.sum(), rows.square().sum(), torch.full_like(found[0, 0, 0], rows.numel())])
+
     hooks = [
-        getattr(block, f"post_{branch}_norm").register_forward_pre_hook(lambda _m, args, to=found: to.append(_std(args[0])))
-        for block in model.blocks.values()
-        for branch, found in stds.items()
+        getattr(block, f"post_{branch}_norm").register_forward_pre_hook(lambda _m, args, at=(int(name), i): add(*at, args[0]))
+        for model in models
+        for name, block in model.blocks.items()
+        for i, branch in enumerate(("attention", "ffn"))
     ]
     try:
         with torch.no_grad():
@@ -129,14 +147,17 @@ def measure_branch_std(model: nn.Module, run: Callable[[], object]) -> tuple[flo
     finally:
         for hook in hooks:
             hook.remove()
-    if not stds["attention"]:
+    return found
+
+
+def branch_std(moments: Tensor) -> tuple[float, float]:
+    """Mean over layers of the std of the (attention, ffn) branch, from the moments [L,2,3] of all layers."""
+    total, squares, count = moments.unbind(-1)
+    if not count.all():
         raise ValueError("run() did not forward the model, so no branch was measured")
-    attention, ffn = (torch.stack(found).mean().item() for found in stds.values())
+    std = ((squares - total.square() / count) / (count - 1)).sqrt()  # [L,2]
+    attention, ffn = std.mean(0).tolist()
     return attention, ffn
-
-
-def _std(out: Tensor) -> Tensor:
-    return (out if out.dtype == torch.float64 else out.float()).std()
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def apply_cp(model: nn.Module, cp: ContextParallel) -> None:
 
     Raises UserError where the kind cannot serve the model, or a block has no `attention.attend`.
     """
-    cp.check(model.cfg)
+    check_cp(model.cfg, cp.kind, cp=cp.ranks, tp=cp.multiple)
     heads = {f"mtp.{index}": head.block for index, head in enumerate(getattr(model, "mtp", None) or ())}
     for name, block in [*model.blocks.items(), *heads.items()]:
         attention = getattr(block, "attention", None)
