@@ -137,7 +137,10 @@ class _Run:
             torch.autograd.backward(*waiting)
             return
         _, for_weights = split_backward()
-        for_weights(self.pipeline.parts[stage].parameters(), waiting)
+        # A parameter that is used several times, as a norm by heads that look ahead, is reached through what lies between its uses, which
+        # other parameters need again.
+        again = any(len(group["intermediates"]) > 1 for group in waiting)
+        for_weights(self.pipeline.parts[stage].parameters(), waiting, retain_graph=again)
 
     def _hand_back(self, stage: int, micro: int, kept: _Kept) -> None:
         if kept.entered is not None:
