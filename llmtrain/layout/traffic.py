@@ -1,0 +1,198 @@
+"""The bytes that one rank sends in an optimizer step, by axis of the mesh and kind of collective, in closed form.
+
+Convention: what a rank sends in a ring of n ranks. An all-gather and a reduce-scatter send (n - 1) x one shard, an all-reduce
+2 (n - 1) / n x the tensor, an all-to-all (n - 1) / n x the tensor, a send the tensor. Receives count for nothing: every byte that
+is sent is one that arrives. `calls` are what the rank hands to its process groups. Tests count both in real worlds.
+
+B rows of a micro-batch, L positions of a row on this rank of cp, s = L / t of them on this rank of tp, D hidden, e bytes of an activation.
+"""
+
+from math import ceil, lcm
+from typing import NamedTuple
+
+from llmtrain.config.parameters import BYTES, loss_rows
+from llmtrain.config.run import RunConfig
+from llmtrain.layout.mesh import MeshShape
+from llmtrain.layout.schedule import with_communication
+from llmtrain.layout.shards import Shards, Unit
+from llmtrain.layout.steps import Segment
+
+SCALARS = 4
+"""All-reduces of one number over all ranks in a step: targets, loss, gradient norm, and whether a rank was asked to stop."""
+
+
+class Row(NamedTuple):
+    """`calls` collectives of one kind over one axis in an optimizer step, for which this rank sends `bytes`."""
+
+    axis: str
+    kind: str
+    calls: int
+    bytes: float
+
+
+def sent(kind: str, size: float, ranks: int) -> float:
+    """Bytes that a rank of `ranks` sends. `size` is a shard's for all_gather and reduce_scatter, else the tensor's, in bytes."""
+    match kind:
+        case "all_gather" | "reduce_scatter":
+            return (ranks - 1) * size
+        case "all_reduce":
+            return 2 * (ranks - 1) * size / ranks
+        case "all_to_all":
+            return (ranks - 1) * size / ranks
+        case "send":
+            return size
+    raise ValueError(f"collective {kind!r}: known are all_gather, reduce_scatter, all_reduce, all_to_all, send")
+
+
+def traffic(cfg: RunConfig, shape: MeshShape, segment: Segment, *, rank: int, scalar: int = 8) -> list[Row]:
+    """What global rank `rank` sends in one step of `segment`: rows by axis and kind, only those that occur.
+
+    Axes are those of the mesh, `fsdp` (dp_shard x cp), `efsdp` (what shards experts) and `world`. Tokens are taken to go to all experts
+    alike. Validation, checkpoints and the start of a run are not part of a step. A schedule that splits backward passes (zero_bubble, zbv,
+    dualpipev) repeats collectives of tp, cp and ep in the second half; here they count once, so for these it is a lower bound.
+
+    Args:
+        cfg: the run; model.vocab_size is set.
+        shape: its mesh.
+        segment: steps of one batch size and length.
+        rank: whose traffic.
+        scalar: bytes of a number in the loop's sums: 8, or 4 on a device without float64.
+    """
+    return _Step(cfg, shape, segment, rank, scalar).rows()
+
+
+class _Step:
+    def __init__(self, cfg: RunConfig, shape: MeshShape, segment: Segment, rank: int, scalar: int):
+        self.cfg, self.shape, self.model, self.scalar = cfg, shape, cfg.model, scalar
+        self.shards = Shards(cfg, shape, rank=rank)
+        phase = segment.phase
+        self.batch = phase.micro_batch
+        self.micros = segment.batch // (shape.dp * phase.micro_batch)
+        self.local = ceil(ceil(phase.seq_len / shape.cp) / shape.tp)  # s
+        self.e = BYTES[cfg.precision.compute]
+        self.high = max(4, self.e)  # of softmax, routing, and the sums of the ring
+        self.forwards = 1 if cfg.train.recompute == "none" else 2  # selective repeats collectives as well
+        self._found: dict[tuple[str, str], list[float]] = {}
+
+    def rows(self) -> list[Row]:
+        stages = self.shards.stages()
+        for stage in stages:
+            self._tensor_ends(stage)
+            for unit in self.shards.units(stage):
+                self._parameters(unit)
+        blocks = sum(len(self.shards.blocks(stage)) + self._heads(stage) for stage in stages)
+        for branch in (self._attention, self._feed_forward, self._experts, self._context):
+            branch(self.micros * blocks)
+        self._pipeline()
+        self._gradient_sum()
+        self._add("world", "all_reduce", SCALARS, self.scalar, self.shape.world)
+        return [Row(axis, kind, int(calls), size) for (axis, kind), (calls, size) in self._found.items()]
+
+    def _add(self, axis: str, kind: str, calls: float, size: float, ranks: int, *, pieces: int = 1) -> None:
+        """`calls` times a collective of `size` bytes, see `sent`, which is made in `pieces`."""
+        if ranks > 1 and calls:
+            row = self._found.setdefault((axis, kind), [0, 0.0])
+            row[0] += calls * pieces
+            row[1] += calls * sent(kind, size, ranks)
+
+    def _heads(self, stage: int) -> int:
+        return self.model.mtp.heads if self.shards.last(stage) else 0
+
+    # --- activations --------------------------------------------------------------------------------------------------------------
+
+    def _tensor_ends(self, stage: int) -> None:
+        """Embedding, head and loss under tp."""
+        tp, rows, heads = self.shape.tp, self.batch * self.local, self._heads(stage)
+        hidden = rows * self.model.hidden * self.e
+        embedded = self.micros * (self.shards.first(stage) + heads)
+        self._add("tp", "reduce_scatter", embedded, hidden, tp)
+        self._add("tp", "all_gather", embedded, hidden, tp)
+        if self.shards.last(stage):
+            passes, pieces = self.micros * (1 + heads), -(-rows // loss_rows(self.model.vocab_size, self.cfg.train.loss_chunk))
+            self._add("tp", "all_gather", passes, hidden, tp, pieces=pieces)
+            self._add("tp", "all_gather", passes, 2 * tp * rows * self.high, tp, pieces=pieces)
+            self._add("tp", "reduce_scatter", passes, hidden, tp, pieces=pieces)
+
+    def _attention(self, times: int) -> None:
+        self._branch(times, positions=self.local)
+
+    def _feed_forward(self, times: int) -> None:
+        if self.model.ffn.kind == "dense":
+            self._branch(times, positions=self.batch * self.local)
+
+    def _branch(self, times: int, *, positions: int) -> None:
+        """Columns and rows of a branch: gathered and scattered going forward; backward twice gathered, once scattered."""
+        tp, pieces = self.shape.tp, max(1, min(self.cfg.parallel.tp_chunks, positions))
+        hidden = self.batch * self.local * self.model.hidden * self.e
+        self._add("tp", "all_gather", times * (self.forwards + 2), hidden, tp, pieces=pieces)
+        self._add("tp", "reduce_scatter", times * (self.forwards + 1), hidden, tp, pieces=pieces)
+
+    def _experts(self, times: int) -> None:
+        if self.model.ffn.kind != "moe":
+            return
+        tokens, k, etp, ep = self.batch * self.local, self.model.ffn.top_k, self.shape.etp, self.shape.ep
+        hidden, forwards = tokens * self.model.hidden * self.e, times * self.forwards
+        # The width of experts is split: tokens, probabilities and numbers of experts are gathered, results scattered.
+        self._add("tp", "all_gather", forwards + times, hidden, etp)
+        self._add("tp", "all_gather", forwards, tokens * k * self.high, etp)
+        self._add("tp", "all_gather", forwards, tokens * k * 8, etp)
+        self._add("tp", "reduce_scatter", forwards + times, hidden, etp)
+        self._add("tp", "reduce_scatter", times, tokens * k * self.high, etp)
+        # Rows to the experts and back, and how many there are.
+        self._add("ep", "all_to_all", forwards, 8 * self.model.ffn.experts, ep)
+        self._add("ep", "all_to_all", 2 * (forwards + times), etp * k * hidden, ep)
+
+    def _context(self, times: int) -> None:
+        n, d, tp = self.shape.cp, self.model.head_dim, self.shape.tp
+        forwards, places = times * self.forwards, self.batch * self.local * tp  # B L
+        heads, kv_heads = self.model.attention.heads // tp, max(1, self.model.kv_heads // tp)
+        keys_values = places * 2 * d * kv_heads
+        match self.cfg.parallel.cp_kind:
+            case "all_gather":
+                self._add("cp", "all_gather", forwards, keys_values * self.e, n)
+                self._add("cp", "reduce_scatter", times, keys_values * self.e, n)
+            case "ring":
+                self._add("cp", "send", (n - 1) * (forwards + times), keys_values * self.e, n)
+                self._add("cp", "send", (n - 1) * times, keys_values * self.high, n)
+            case "ulysses":
+                there = places * d * (heads + 2 * lcm(kv_heads, n)) * self.e
+                self._add("cp", "all_to_all", forwards + times, there, n)
+                self._add("cp", "all_to_all", forwards + times, places * d * heads * self.e, n)
+
+    def _pipeline(self) -> None:
+        plan, place = self.shards.plan, self.shards.place["pp"]
+        if plan is None:
+            return
+        sends = sum(action.kind.startswith("SEND") for action in with_communication(plan.schedule(self.micros))[place])
+        self._add("pp", "send", sends, self.batch * self.local * self.model.hidden * self.e, plan.ranks)
+        ends = {plan.rank_of(0), plan.rank_of(plan.stages - 1)}
+        if plan.copies_embedding and len(ends) == 2 and place in ends:
+            table = sum(held.elements for held in self.shards.held() if held.name == "embedding.weight")
+            self._add("pp", "send", 1, table * BYTES[self.cfg.precision.params], plan.ranks)
+
+    # --- parameters and gradients -------------------------------------------------------------------------------------------------
+
+    def _parameters(self, unit: Unit) -> None:
+        """Gathered for every pass, or once per step in a pipeline; gradients are reduced once per step."""
+        if not self.shards.sharded:
+            return
+        ranks, _ = self.shards.sharding(unit)
+        shard = sum(weight.padded(ranks) for weight in unit.weights)
+        axis, precision = "efsdp" if unit.kind == "experts" else "fsdp", self.cfg.precision
+        gathers, reductions = self._passes(unit)
+        self._add(axis, "all_gather", gathers, shard * BYTES[precision.compute], ranks)
+        self._add(axis, "reduce_scatter", reductions, shard * BYTES[precision.reduce], ranks)
+        self._add("dp_replicate", "all_reduce", reductions, shard * BYTES[precision.reduce], self.shape.dp_replicate)
+
+    def _passes(self, unit: Unit) -> tuple[int, int]:
+        """How often FSDP2 gathers the unit in a step, and how often it reduces its gradients."""
+        if self.shape.pp > 1:
+            return 1, 1
+        again = self.cfg.parallel.reshard_after_forward and not unit.stays
+        # Multi-token prediction embeds in between: after the first of these backward passes FSDP2 takes the embedding to be done.
+        more = self.model.mtp.heads if unit.kind == "embedding" else 0
+        return self.micros * (1 + again + more * (1 + again)), 1 + (more > 0)
+
+    def _gradient_sum(self) -> None:
+        partial = sum(held.elements for held in self.shards.held() if held.partial)
+        self._add("tp", "all_reduce", 1 if partial else 0, partial * BYTES[self.cfg.precision.params], self.shape.tp)
