@@ -1,5 +1,7 @@
 """The one place for names of torch that are private or not in every supported version."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -152,6 +154,26 @@ def own_store(timeout: float) -> Any:
     return store
 
 
+@contextmanager
+def fake_world(rank: int, ranks: int) -> Iterator[None]:
+    """This process as `rank` of a world of `ranks` that are not there: groups can be made, collectives do nothing.
+
+    Raises RuntimeError where this torch has no such back end.
+    """
+    import torch
+    import torch.distributed as dist
+
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        raise RuntimeError(f"torch {torch.__version__} has no fake process group ({error}); use torch>=2.9") from error
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def compile_seconds() -> float:
     """Seconds that this process has spent in torch.compile so far; 0 where this torch does not tell."""
     import sys
@@ -171,3 +193,19 @@ def _call(target: Any, names: tuple[str, ...], value: Any, *, required: bool = T
         import torch
 
         raise RuntimeError(f"torch {torch.__version__} has none of FSDPModule.{', '.join(names)}; use torch>=2.9")
+
+
+def all_gather_rows(out: Any, rows: Any, *, group: Any, async_op: bool = False) -> Any:
+    """torch.distributed's all-gather of equal tensors into one, by the name that 2.13 gave it or the one before, of which it warns."""
+    import torch.distributed as dist
+
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(out, rows, group=group, async_op=async_op)
+
+
+def reduce_scatter_rows(out: Any, rows: Any, *, group: Any, async_op: bool = False) -> Any:
+    """torch.distributed's reduce-scatter of one tensor in equal parts; see `all_gather_rows`."""
+    import torch.distributed as dist
+
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(out, rows, group=group, async_op=async_op)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmtrain.compat import all_gather_rows, reduce_scatter_rows
 from llmtrain.layout.sequence import Partition
 from llmtrain.parallel.where import recorded
 
@@ -50,7 +51,7 @@ def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[L, ...] -> [n*L, ...], the ranks' tensors one after the other."""
     joined = local.new_empty(dist.get_world_size(group) * local.shape[0], *local.shape[1:])
     with recorded("all_gather", group):
-        _collective("all_gather_single", "all_gather_into_tensor")(joined, local.contiguous(), group=group)
+        all_gather_rows(joined, local.contiguous(), group=group)
     return joined
 
 
@@ -66,7 +67,7 @@ class _GatherRows(torch.autograd.Function):
         joined = ctx.order.joined(grad)
         local = joined.new_empty(ctx.order.length, *joined.shape[1:])
         with recorded("reduce_scatter", ctx.group):
-            _collective("reduce_scatter_single", "reduce_scatter_tensor")(local, joined, group=ctx.group)
+            reduce_scatter_rows(local, joined, group=ctx.group)
         return local, None, None
 
 
@@ -112,8 +113,3 @@ def sequence_to_heads(x: Tensor, order: Order, group: dist.ProcessGroup) -> Tens
 def heads_to_sequence(x: Tensor, order: Order, group: dist.ProcessGroup) -> Tensor:
     """Whole rows of this rank's heads [S, B, F] -> local places of all heads [L, B, n, F], zeros in padding."""
     return _Exchange.apply(x, _to_sequence, _to_heads, order, group)
-
-
-def _collective(name: str, before: str) -> Callable:
-    """A collective of torch by the name that 2.13 gave it, or its name `before`."""
-    return getattr(dist, name, None) or getattr(dist, before)

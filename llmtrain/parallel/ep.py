@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from llmtrain.compat import all_gather_rows, reduce_scatter_rows
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import UserError
 from llmtrain.model.experts import Dispatched, Experts, RoutedExperts
@@ -184,14 +185,14 @@ class SplitExperts:
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[N,..] -> [N ranks,..], rank by rank."""
     out = x.new_empty(len(x) * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    all_gather_rows(out, x.contiguous(), group=group)
     return out
 
 
 def _scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[N ranks,..] -> this rank's [N,..] of the sum over ranks."""
     out = x.new_empty(len(x) // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    reduce_scatter_rows(out, x.contiguous(), group=group)
     return out
 
 

@@ -75,6 +75,12 @@ class Mesh:
             dist.all_gather_object(values, value)
         return values
 
+    def meet(self) -> None:
+        """Wait for all ranks: at the end of the work, since a back end's threads may not outlive what they still carry."""
+        if self.world > 1:
+            with recorded("barrier", "world"):
+                dist.barrier()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
         return self.sum(float(flag))[0] > 0

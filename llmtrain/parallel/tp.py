@@ -48,21 +48,7 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, *, chunks: int = 1, implementat
         return
     check_tp(model.cfg, mesh.size())
     check_implementation(implementation, mesh.device_type)
-    tp = _Tensor(mesh, model.cfg.vocab_size, chunks=chunks, implementation=implementation)
-    for name, block in [*model.blocks.items(), *((f"mtp.{i}", head.block) for i, head in enumerate(getattr(model, "mtp", None) or ()))]:
-        if not isinstance(block.attention, Attention):
-            raise UserError(f"parallel.tp {mesh.size()}: the attention of block {name}, {type(block.attention).__name__}, cannot be split")
-        tp.attention(block.attention)
-        if isinstance(block.ffn, SwiGLU | GELU):
-            tp.feed_forward(block.ffn)
-    if model.embedding is not None:
-        tp.split(model.embedding, "weight", 0)
-        model.embedding.forward = partial(tp.embed, model.embedding)
-    if model.position_embedding is not None:
-        model.position_embedding.forward = partial(tp.embed_positions, model.position_embedding.forward)
-    if model.head is not None:
-        tp.split(model.head, "weight", 0)
-        model.head.forward = partial(tp.head, model.head)
+    Splitter(mesh, model.cfg.vocab_size, chunks=chunks, implementation=implementation).model(model)
     model.register_forward_pre_hook(_refuse, with_kwargs=True)
 
 
@@ -83,7 +69,7 @@ def check_tp(cfg: ModelConfig, ranks: int) -> None:
         raise UserError(f"{tp} leaves the last rank nothing of model.vocab_size {vocab}: {-(-vocab // ranks)} entries for each rank before")
 
 
-class _Tensor:
+class Splitter:
     """What replaces the forward passes of a model's parts, and what splits their parameters."""
 
     def __init__(self, mesh: DeviceMesh, vocab_size: int, **fused):
@@ -91,6 +77,25 @@ class _Tensor:
         self.group: dist.ProcessGroup = mesh.get_group()
         self.fused = {"group": self.group} | fused
         self.whole_to_split: dict[nn.Parameter, nn.Parameter] = {}  # a parameter of two modules stays one
+
+    def model(self, model: nn.Module) -> None:
+        """Split everything in `model`, or in a stage of it, that is shared."""
+        blocks = [*model.blocks.items(), *((f"mtp.{i}", head.block) for i, head in enumerate(getattr(model, "mtp", None) or ()))]
+        for name, block in blocks:
+            if not isinstance(block.attention, Attention):
+                kind = type(block.attention).__name__
+                raise UserError(f"parallel.tp {self.mesh.size()}: the attention of block {name}, {kind}, cannot be split")
+            self.attention(block.attention)
+            if isinstance(block.ffn, SwiGLU | GELU):
+                self.feed_forward(block.ffn)
+        if model.embedding is not None:
+            self.split(model.embedding, "weight", 0)
+            model.embedding.forward = partial(self.embed, model.embedding)
+        if model.position_embedding is not None:
+            model.position_embedding.forward = partial(self.embed_positions, model.position_embedding.forward)
+        if model.head is not None:
+            self.split(model.head, "weight", 0)
+            model.head.forward = partial(self.head, model.head)
 
     def split(self, module: nn.Module, name: str, dim: int) -> None:
         """Make the parameter a DTensor that is sharded along `dim`; nothing for one that the module does not have."""
@@ -114,19 +119,23 @@ class _Tensor:
         if kv_heads < self.mesh.size():
             head = self.group.rank() * kv_heads // self.mesh.size()
             kv_rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-        attention.qkv = partial(self._qkv, attention, kv_rows)
-        attention.output = partial(self._output, attention)
+        attention.qkv = partial(self.qkv, attention, kv_rows)
+        attention.output = partial(self.attention_output, attention)
 
-    def _qkv(self, attention: Attention, kv_rows: slice | None, x: Tensor) -> tuple[Tensor, ...]:
+    def qkv(self, attention: Attention, kv_rows: slice | None, x: Tensor) -> tuple[Tensor, ...]:
         """x [B,S/t,D] -> queries [B,S,H/t*d], keys and values [B,S,K/t*d], at least one head."""
+        return tuple(all_gather_matmul(x, *self.attention_weights(attention, kv_rows), **self.fused))
+
+    def attention_weights(self, attention: Attention, kv_rows: slice | None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """This rank's weights and biases of queries, keys and values."""
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weights, biases = ([_local(getattr(proj, part)) for proj in projections] for part in ("weight", "bias"))
+        weights, biases = ([local_part(getattr(proj, part)) for proj in projections] for part in ("weight", "bias"))
         if kv_rows is not None:
             weights[1:] = [weight[kv_rows] for weight in weights[1:]]
             biases[1:] = [None if bias is None else bias[kv_rows] for bias in biases[1:]]
-        return tuple(all_gather_matmul(x, weights, biases, **self.fused))
+        return weights, biases
 
-    def _output(self, attention: Attention, out: Tensor) -> Tensor:
+    def attention_output(self, attention: Attention, out: Tensor) -> Tensor:
         """[B,H/t,S,d] -> [B,S/t,D]."""
         return self._back(attention.out_proj, out.transpose(1, 2))
 
@@ -136,22 +145,22 @@ class _Tensor:
             self.split(proj, "weight", 0)
             self.split(proj, "bias", 0)
         self.split(ffn.down_proj, "weight", 1)
-        ffn.forward = partial(self._feed_forward, ffn)
+        ffn.forward = partial(self.run_feed_forward, ffn)
 
-    def _feed_forward(self, ffn: nn.Module, x: Tensor) -> Tensor:
+    def run_feed_forward(self, ffn: nn.Module, x: Tensor) -> Tensor:
         """[B,S/t,D] -> [B,S/t,D]; in between the order of positions does not matter."""
-        weights, biases = ([_local(getattr(proj, part)) for proj in ffn.expanding()] for part in ("weight", "bias"))
+        weights, biases = ([local_part(getattr(proj, part)) for proj in ffn.expanding()] for part in ("weight", "bias"))
         hidden = ffn.activate(*all_gather_matmul(x, weights, biases, ordered=False, **self.fused))
         return self._back(ffn.down_proj, hidden, batch=x.shape[0])
 
     def _back(self, proj: nn.Linear, x: Tensor, **order: int) -> Tensor:
         """A projection split by rows; its bias is added once, after the sum."""
-        out = matmul_reduce_scatter(x, _local(proj.weight), **order, **self.fused)
-        return out if proj.bias is None else out + _local(proj.bias)
+        out = matmul_reduce_scatter(x, local_part(proj.weight), **order, **self.fused)
+        return out if proj.bias is None else out + local_part(proj.bias)
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
         """Tokens [B,S] -> [B,S/t,D]."""
-        return vocab_embedding(tokens, _local(embedding.weight), vocab_size=self.vocab_size, group=self.group)
+        return vocab_embedding(tokens, local_part(embedding.weight), vocab_size=self.vocab_size, group=self.group)
 
     def embed_positions(self, whole, positions: Tensor) -> Tensor:
         """Positions [B or 1,S] -> their learned vectors [B or 1,S/t,D]."""
@@ -159,14 +168,14 @@ class _Tensor:
 
     def head(self, head: Head, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """hidden [B,S/t,D] -> logits [B,S,V]; with targets [B,S] the summed cross-entropy, the same on every rank."""
-        weight = _local(head.weight)
+        weight = local_part(head.weight)
         if targets is not None:
             return vocab_cross_entropy(hidden, weight, targets, vocab_size=self.vocab_size, group=self.group, chunk=head.loss_chunk)
         (logits,) = all_gather_matmul(hidden, [weight.to(hidden.dtype)], **self.fused)
         return gather_vocabulary(logits, vocab_size=self.vocab_size, group=self.group)
 
 
-def _local(tensor: Tensor | None) -> Tensor | None:
+def local_part(tensor: Tensor | None) -> Tensor | None:
     """This rank's part, differentiably. Read at every call: what shards the model further puts other tensors in the modules."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

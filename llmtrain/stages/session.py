@@ -102,6 +102,7 @@ def session(cfg: RunConfig) -> Iterator[Session]:
             console = Console(enabled=mesh.rank == 0)
             try:
                 yield Session(cfg, device, mesh, ops, folder, console, cores)
+                mesh.meet()
             finally:
                 console.close()
     finally:

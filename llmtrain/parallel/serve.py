@@ -1,0 +1,140 @@
+"""A model over several ranks for generation and evaluation: whole sequences on every rank, so that a cache may hold them.
+
+Training shares the sequence between the ranks of tp; a step of generation has one token, so here every rank of tp sees all positions.
+No gradient flows through any of this.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.data.batch import NO_TARGET
+from llmtrain.layout.stages import split_layers
+from llmtrain.model.transformer import cut
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.ops import gather_vocabulary
+from llmtrain.parallel.ops.vocabulary import first_entry
+from llmtrain.parallel.tp import Splitter, check_tp, local_part
+from llmtrain.parallel.where import recorded
+
+
+def share(model: nn.Module, mesh: Mesh) -> "SharedModel":
+    """`model`, whole and on meta, as this rank's part of a model over the axes tp and pp of `mesh`, in place.
+
+    Raises UserError for a model that cannot be split so.
+    """
+    shape = mesh.shape
+    if shape.pp > 1:
+        layers = split_layers(model.cfg, shape.pp, seq_len=model.cfg.max_seq_len)
+        place = mesh.place("pp")
+        first = sum(layers[:place])
+        cut(model, blocks=range(first, first + layers[place]), first=place == 0, last=place == shape.pp - 1)
+    if shape.tp > 1:
+        check_tp(model.cfg, shape.tp)
+        _WholeSequence(mesh.device_mesh["tp"], model.cfg.vocab_size).model(model)
+    return SharedModel(model, mesh)
+
+
+class SharedModel(nn.Module):
+    """Called as the whole model is, by all ranks together and with the same tokens; every rank gets the logits."""
+
+    def __init__(self, part: nn.Module, mesh: Mesh):
+        super().__init__()
+        self.part, self._mesh = part, mesh
+        self.cfg: ModelConfig = part.cfg
+
+    @property
+    def rope(self) -> nn.Module | None:
+        """The model's rotation."""
+        return self.part.rope
+
+    def set_rope_base(self, base: float) -> None:
+        """As Transformer.set_rope_base."""
+        self.part.set_rope_base(base)
+
+    def forward(
+        self, tokens: Tensor, *, mask, positions: Tensor | None = None, targets: Tensor | None = None, cache=None, last: int | None = None
+    ) -> dict[str, Tensor]:
+        """tokens [B,S] -> {"logits": [B,S or last,V]} or {"ce_sum"}; arguments as in Transformer.forward."""
+        place, stages = self._mesh.place("pp"), self._mesh.shape.pp
+        if positions is None:
+            start = cache.length if cache is not None else 0
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        x = tokens if place == 0 else self._receive(tokens)
+        wanted = {"targets": targets} if place == stages - 1 else {}
+        out = self.part(x, mask=mask, positions=positions, cache=cache, last=last, **wanted)
+        if stages == 1:
+            return out
+        if place < stages - 1:
+            dist.send(out["hidden"].contiguous(), group=self._mesh.group("pp"), group_dst=place + 1)
+        if targets is not None:
+            return {"ce_sum": self._from_last(out.get("ce_sum"), (), torch.float64)}
+        shape = (tokens.shape[0], tokens.shape[1] if last is None else last, self.cfg.vocab_size)
+        return {"logits": self._from_last(out.get("logits"), shape, self._dtype)}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.part.parameters()).dtype
+
+    def _receive(self, tokens: Tensor) -> Tensor:
+        x = torch.empty(*tokens.shape, self.cfg.hidden, dtype=self._dtype, device=tokens.device)
+        with recorded("recv", self._mesh.group("pp")):
+            dist.recv(x, group=self._mesh.group("pp"), group_src=self._mesh.place("pp") - 1)
+        return x
+
+    def _from_last(self, result: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        device = next(self.part.parameters()).device
+        result = torch.empty(shape, dtype=dtype, device=device) if result is None else result.to(dtype).contiguous()
+        if result.numel():
+            with recorded("broadcast", self._mesh.group("pp")):
+                dist.broadcast(result, group=self._mesh.group("pp"), group_src=self._mesh.shape.pp - 1)
+        return result
+
+
+class _WholeSequence(Splitter):
+    """Layers split as in training, whose partial sums are added on every rank instead of being shared out over the sequence."""
+
+    def qkv(self, attention: nn.Module, kv_rows: slice | None, x: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = self.attention_weights(attention, kv_rows)
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
+
+    def attention_output(self, attention: nn.Module, out: Tensor) -> Tensor:
+        return self._add(attention.out_proj, out.transpose(1, 2).flatten(2))
+
+    def run_feed_forward(self, ffn: nn.Module, x: Tensor) -> Tensor:
+        hidden = ffn.activate(*(F.linear(x, local_part(p.weight), local_part(p.bias)) for p in ffn.expanding()))
+        return self._add(ffn.down_proj, hidden)
+
+    def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+        weight = local_part(embedding.weight)
+        local = tokens - first_entry(self.vocab_size, self.group)
+        elsewhere = (local < 0) | (local >= weight.shape[0])
+        return self._sum(F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[..., None], 0.0))
+
+    def embed_positions(self, whole, positions: Tensor) -> Tensor:
+        return whole(positions)
+
+    def head(self, head: nn.Module, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return self._logits(head, hidden)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for rows, wanted in zip(hidden.flatten(0, 1).split(head.loss_chunk), targets.flatten().split(head.loss_chunk)):
+            logits = self._logits(head, rows[None])[0]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total += F.cross_entropy(logits, wanted, ignore_index=NO_TARGET, reduction="sum")
+        return total
+
+    def _logits(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, local_part(head.weight).to(hidden.dtype))
+        return gather_vocabulary(logits, vocab_size=self.vocab_size, group=self.group)
+
+    def _add(self, proj: nn.Linear, x: Tensor) -> Tensor:
+        out = self._sum(F.linear(x, local_part(proj.weight)))
+        return out if proj.bias is None else out + local_part(proj.bias)
+
+    def _sum(self, partial_sums: Tensor) -> Tensor:
+        with recorded("all_reduce", self.group):
+            dist.all_reduce(partial_sums, group=self.group)
+        return partial_sums

@@ -1,0 +1,64 @@
+"""Tools whose model is shared by several ranks: `--tp N --pp N`."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+
+from llmtrain.errors import UserError
+from llmtrain.tools.launch import is_launched, run_local
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add --tp and --pp."""
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share every layer of the model (1)")
+    parser.add_argument("--pp", type=int, default=1, help="stages of consecutive layers, a rank or --tp ranks each (1)")
+
+
+def start_ranks(verb: str, argv: list[str], options: argparse.Namespace) -> int | None:
+    """Start the local ranks that the options ask for and see them through: the exit code. None if this process does the work itself."""
+    if min(options.tp, options.pp) < 1:
+        raise UserError(f"--tp {options.tp} --pp {options.pp}: both must be at least 1")
+    ranks = options.tp * options.pp
+    if ranks == 1 or is_launched():
+        return None
+    _check(options)
+    return run_local([verb, *argv], ranks)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what the model cannot be split by before any rank starts."""
+    from llmtrain.layout.stages import split_layers
+    from llmtrain.parallel.tp import check_tp
+    from llmtrain.tools.open_model import read_model_config
+
+    model = read_model_config(options.model)
+    if options.tp > 1:
+        check_tp(model, options.tp)
+    if options.pp > 1:
+        split_layers(model, options.pp, seq_len=model.max_seq_len)
+
+
+@contextlib.contextmanager
+def shared_mesh(options: argparse.Namespace) -> Iterator:
+    """The mesh of the ranks that share the model, for `open_model`; None on one. Only the first rank writes to stdout and stderr."""
+    if options.tp * options.pp == 1:
+        yield None
+        return
+    from llmtrain.config.train import ParallelConfig
+    from llmtrain.device import select
+    from llmtrain.parallel import mesh as world
+
+    device = select(options.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device.set_current()
+    mesh = world.start(ParallelConfig(tp=options.tp, pp=options.pp), device=device)
+    try:
+        with contextlib.ExitStack() as quiet:
+            if mesh.rank:
+                nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            yield mesh
+            mesh.meet()
+    finally:
+        world.stop()
