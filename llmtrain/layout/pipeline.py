@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llmtrain.config.run import RunConfig
-from llmtrain.layout.schedule import Schedule, build, forward_only, placement_of, resolve, stage_rank
+from llmtrain.layout.schedule import Schedule, bubble, build, forward_only, placement_of, resolve, stage_rank
 from llmtrain.layout.stages import split_layers
 
 
@@ -60,6 +60,14 @@ class PipelinePlan:
     def schedule(self, micro_batches: int) -> Schedule:
         """Who does what when in a step of so many micro-batches; raises UserError for a number that the schedule cannot serve."""
         return build(self.kind, ranks=self.ranks, virtual_stages=self.virtual, micro_batches=micro_batches)
+
+    def describe(self, micro_batches: int) -> str:
+        """The stages, and the share of a step in which ranks wait for others if B = 2 F and nothing is sent, in one line."""
+        blocks = ", ".join(map(str, self.layers))
+        idle = bubble(self.schedule(micro_batches))
+        return (
+            f"{self.kind}, blocks by stage {blocks}; {micro_batches} micro-batches leave a bubble of {idle:.1%} (B = 2F, no communication)"
+        )
 
     def forwards(self, micro_batches: int) -> Schedule:
         """The same stages for any number of micro-batches that only go forward."""

@@ -15,6 +15,8 @@ from llmtrain.engine.base import ENGINES, Engine, check_capabilities
 from llmtrain.engine.native import build as _register_native  # noqa: F401
 from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
+from llmtrain.layout.pipeline import PipelinePlan
+from llmtrain.layout.steps import StepPlan
 from llmtrain.ops import Call, Ops, resolve
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.compile import decide
@@ -70,11 +72,18 @@ class Session:
         self.console.message(f"device: {self.device.describe()}")
         self.console.message(f"cores: {self.cores}")
         self.console.message(f"mesh: {self.mesh.shape.describe()} ({self.mesh.device.collective_backend}), engine {self.cfg.engine.kind}")
+        if self.mesh.shape.pp > 1:
+            self.console.message(f"pipeline: {self._pipeline()}")
         self.console.message(f"kernels: {choices} (`llmtrain kernels` says why)")
         if self.cfg.engine.kind == "native":
             compiling = decide(self.cfg, kind=self.device.kind, ranks=self.mesh.world)
             wait = "; the first step of each sequence length takes half a minute or so longer" if compiling.on else ""
             self.console.message(f"compile: {compiling}{wait}")
+
+    def _pipeline(self) -> str:
+        segment = StepPlan.from_config(self.cfg).segments[0]
+        micro_batches = segment.batch // (self.mesh.shape.dp * segment.phase.micro_batch)
+        return PipelinePlan.from_config(self.cfg).describe(micro_batches)
 
 
 def ranks_wanted(cfg: RunConfig) -> int:
