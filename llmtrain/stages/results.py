@@ -1,22 +1,46 @@
 """What a finished run leaves for people: a passage, exported weights, a baseline to compare with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from llmtrain.config.run import RunConfig
 from llmtrain.engine.base import Engine
 from llmtrain.layout.steps import StepPlan
+from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.where import recorded
 
 
-def full_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """(canonical name, whole tensor on the CPU) one at a time; all ranks must go through it together."""
-    for key, tensor in engine.state().items():
-        name, _, kind = key.rpartition(".")
-        if name and kind not in ("exp_avg", "exp_avg_sq"):
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def full_weights(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, torch.Tensor]]:
+    """(canonical name, whole tensor on the CPU) one at a time: all of the model on rank 0, on others those of their pipeline stages.
+
+    All ranks must go through it together.
+    """
+    mine = {key.removesuffix(".weight"): tensor for key, tensor in engine.state().items() if key.endswith(".weight")}
+    held = mesh.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()})
+    for name, (shape, dtype) in {name: form for part in held for name, form in part.items()}.items():
+        whole = mine.get(name)
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        source = next(rank for rank, part in enumerate(held) if name in part)
+        whole = _to_rank_0(whole, source, mesh, shape=shape, dtype=dtype)
+        if whole is not None:
             yield name, whole.cpu()
+
+
+def _to_rank_0(whole: torch.Tensor | None, source: int, mesh: Mesh, *, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+    """`whole` as it is, on rank 0 that of rank `source`, the first of another pipeline stage: it differs from rank 0 along pp alone."""
+    if source and mesh.rank == source:
+        with recorded("send", mesh.group("pp"), peer=0):
+            dist.send(whole.contiguous(), dst=0, group=mesh.group("pp"))
+    elif source and mesh.rank == 0:
+        whole = torch.empty(shape, dtype=dtype, device=mesh.device.torch_device)
+        with recorded("recv", mesh.group("pp"), peer=source):
+            dist.recv(whole, src=source, group=mesh.group("pp"))
+    return whole
 
 
 def export(s, engine: Engine) -> Path | None:
@@ -26,7 +50,7 @@ def export(s, engine: Engine) -> Path | None:
     from llmtrain.convert.export import export_hf
     from llmtrain.data.tokenizer import load
 
-    target, weights = s.folder.path / "hf", full_weights(engine)
+    target, weights = s.folder.path / "hf", full_weights(engine, s.mesh)
     try:
         if s.mesh.rank == 0:
             tokenizer = load(s.cfg.tokenizer.path, s.cfg.tokenizer.kind) if s.cfg.tokenizer.path else None

@@ -133,18 +133,16 @@ def held_by_all(state: State) -> list[tuple]:
 def own_part(state: State, *, rank: int, world: int) -> State:
     """What this rank writes of `state`, so that no rank copies and holds what another one writes.
 
-    A sharded tensor's replicas take turns along each mesh axis that replicates it; `world` ranks take turns with plain tensors.
+    A sharded tensor's replicas take turns along each mesh axis that replicates it; `world` ranks take turns with plain tensors. Turns are
+    counted within each kind: ranks of another pipeline stage have other sharded tensors, and the same plain ones.
     """
-    own = {}
-    for turn, name in enumerate(sorted(state)):
+    plain = sorted(name for name, tensor in state.items() if not isinstance(tensor, DTensor))
+    own = {name: state[name] for turn, name in enumerate(plain) if turn % world == rank}
+    for turn, name in enumerate(sorted(state.keys() - set(plain))):
         tensor = state[name]
-        if not isinstance(tensor, DTensor):
-            mine = turn % world == rank
-        else:
-            mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-            replicated = (axis for axis, placement in enumerate(tensor.placements) if placement.is_replicate())
-            mine = place is not None and all(place[axis] == turn % mesh.size(axis) for axis in replicated)
-        if mine:
+        mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+        replicated = (axis for axis, placement in enumerate(tensor.placements) if placement.is_replicate())
+        if place is not None and all(place[axis] == turn % mesh.size(axis) for axis in replicated):
             own[name] = tensor
     return own
 
