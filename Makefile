@@ -1,4 +1,4 @@
-# make quickstart | make test | make lint | make bench-train. TORCH and TORCH_INDEX choose the build of PyTorch:
+# make quickstart | make test | make lint | make parity | make bench-train. TORCH and TORCH_INDEX choose the build of PyTorch:
 #   laptop:  TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   Volta:   TORCH_INDEX=https://download.pytorch.org/whl/cu126   (later CUDA builds dropped it)
 #   Ascend:  TORCH=torch==2.13.0 and then `pip install torch-npu==2.13.0` (the pair must match)
@@ -11,7 +11,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test parity lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -54,6 +54,10 @@ smollm2: install
 
 test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8
+
+# Every mesh against one process, in float64 and float32 -> docs/parity.md. About 20 minutes on 2 cores.
+parity: install-test
+	$(BIN)/python tests/parallel/matrix.py $(ARGS)
 
 lint: install-test
 	$(BIN)/ruff check .

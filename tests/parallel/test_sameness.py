@@ -1,107 +1,79 @@
-"""The spine: the same batch stream, weights and seed give the same loss on every mesh.
+"""The spine: the same batch stream, weights and seed give the same loss on every mesh. The whole matrix: `make parity`, docs/parity.md.
 
-Design: float64 losses of 20 steps within 1e-10 relative of the one-process run and every gradient of step 1 within 1e-9 of its norm;
-float32 within 5x the difference of a control run (one process, the batch order inside each step permuted).
+Design: float64 losses of 20 steps within 1e-10 relative of the one-process run, every gradient of step 1 within 1e-9 of its norm, the same
+routing; float32 within 5x the difference of a control run (one process, the batch order inside each step permuted).
 """
 
 import pytest
-from sameness import gradient_difference, loss_difference
+from parity_rows import FAULTS, ROWS, Row, references
+from sameness import gradient_difference, loss_difference, routing_difference
 from worlds import run_world
 
-FP64 = {"precision": "fp64"}
-TIED = {"model": {"tie_embeddings": True}}
-ACCUMULATE = {"train": {"micro_batch": 1}}
-
-
-def scenario(*changes: dict, **extra) -> dict:
-    from sameness import merge
-
-    merged: dict = {}
-    for change in changes:
-        merged = merge(merged, change)
-    return {"changes": merged, **extra}
-
-
-def mesh(**axes) -> dict:
-    return {"parallel": axes}
-
-
-ONE = {
-    "fp64": scenario(FP64),
-    "fp64 tied": scenario(FP64, TIED),
-    "fp32": scenario(),
-    "fp32 permuted": scenario(permute=True),
-    "recompute full": scenario(FP64, {"train": {"recompute": "full"}}),
-    "recompute selective": scenario(FP64, {"train": {"recompute": "selective"}}),
-    "whole batch at once": scenario(FP64, {"train": {"micro_batch": 8}}),
-}
-TWO = {
-    "shard 2": scenario(FP64, mesh(dp_shard=2)),
-    "shard 2, accumulation": scenario(FP64, mesh(dp_shard=2), ACCUMULATE),
-    "shard 2, no accumulation": scenario(FP64, mesh(dp_shard=2), {"train": {"micro_batch": 4}}),
-    "shard 2, recompute full": scenario(FP64, mesh(dp_shard=2), {"train": {"recompute": "full"}}),
-    "shard 2, recompute selective, accumulation": scenario(FP64, mesh(dp_shard=2), ACCUMULATE, {"train": {"recompute": "selective"}}),
-    "shard 2, kept gathered": scenario(FP64, mesh(dp_shard=2, reshard_after_forward=False)),
-    "replicate 2": scenario(FP64, mesh(dp_replicate=2)),
-    "shard 2, tied": scenario(FP64, TIED, mesh(dp_shard=2)),
-    "shard 2, fp32": scenario(mesh(dp_shard=2)),
-    "broken count": scenario(FP64, mesh(dp_shard=2), fault="count"),
-    "broken sync": scenario(FP64, mesh(dp_shard=2), ACCUMULATE, fault="sync"),
-}
-FOUR = {
-    "shard 4": scenario(FP64, mesh(dp_shard=4)),
-    "shard 4, accumulation": scenario(FP64, mesh(dp_shard=4), ACCUMULATE),
-    "hsdp 2x2": scenario(FP64, mesh(dp_shard=2, dp_replicate=2)),
-    "hsdp 2x2, accumulation, recompute full, tied": scenario(
-        FP64, TIED, mesh(dp_shard=2, dp_replicate=2), ACCUMULATE, {"train": {"recompute": "full"}}
-    ),
-    "shard 4, fp32": scenario(mesh(dp_shard=4)),
-    "hsdp 2x2, fp32": scenario(mesh(dp_shard=2, dp_replicate=2)),
-}
-WORLDS = {1: ONE, 2: TWO, 4: FOUR}
+QUICK = {row.name: row for row in ROWS if row.quick}
+IN_FP32 = {name: row for name, row in QUICK.items() if row.quick == "both"}
+COMPARED = [*QUICK.values(), *FAULTS.values()]
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> dict[str, dict]:
+    """Every run by name, one world of processes for each number of ranks."""
+    worlds: dict[int, dict[str, dict]] = {1: {}}
+    for row in COMPARED:
+        wanted = ("fp64", "fp32", "control") if row in IN_FP32.values() else ("fp64",)
+        worlds[1] |= {name: scenario for name, scenario in references(row).items() if name.endswith(wanted)}
+    for row in QUICK.values():
+        worlds.setdefault(row.shape.world, {})[row.name] = row.scenario("fp64")
+    for row in IN_FP32.values():
+        worlds[row.shape.world][f"{row.name} | fp32"] = row.scenario("fp32")
+    for fault, row in FAULTS.items():
+        worlds[row.shape.world][fault] = row.scenario("fp64", fault=fault)
     results = {}
-    for ranks, scenarios in WORLDS.items():
-        folder = tmp_path_factory.mktemp(f"world-{ranks}")
-        results |= run_world("sameness:train_all", ranks, args={"scenarios": scenarios}, folder=folder)
+    for ranks, scenarios in sorted(worlds.items()):
+        results |= run_world("sameness:train_all", ranks, args={"scenarios": scenarios}, folder=tmp_path_factory.mktemp(f"world-{ranks}"))
     return results
 
 
-def reference(name: str) -> str:
-    return "fp64 tied" if "tied" in name else "fp64"
+def one(runs: dict[str, dict], row: Row, kind: str = "fp64") -> dict:
+    return runs[f"{row.reference} | {kind}"]
 
 
-@pytest.mark.parametrize("name", [n for s in WORLDS.values() for n in s if "fp" not in n and "broken" not in n])
+@pytest.mark.parametrize("name", QUICK)
 def test_float64_is_the_same_on_every_mesh(runs, name):
-    run, one = runs[name], runs[reference(name)]
-    assert loss_difference(run, one) < 1e-10
-    assert gradient_difference(run, one) < 1e-9
+    run, alone = runs[name], one(runs, QUICK[name])
+    assert loss_difference(run, alone) < 1e-10
+    assert gradient_difference(run, alone) < 1e-9
+    different, choices = routing_difference(run, alone)
+    assert different == 0
+    assert choices == (3 * 8 * 24 if "MoE" in name else 0), "every token of the step is routed in every layer"
 
 
-@pytest.mark.parametrize("name", [n for s in (TWO, FOUR) for n in s if n.endswith("fp32")])
+@pytest.mark.parametrize("name", IN_FP32)
 def test_float32_is_within_five_times_the_control(runs, name):
-    control = loss_difference(runs["fp32 permuted"], runs["fp32"])
-    difference = loss_difference(runs[name], runs["fp32"])
+    row = IN_FP32[name]
+    control = loss_difference(one(runs, row, "control"), one(runs, row, "fp32"))
+    difference = loss_difference(runs[f"{name} | fp32"], one(runs, row, "fp32"))
     print(f"{name}: {difference:.1e}, control (permuted batch order) {control:.1e}")
     assert 0 < control < 1e-4
     assert difference <= 5 * control
 
 
-@pytest.mark.parametrize("name", ["broken count", "broken sync"])
-def test_a_broken_reduction_is_seen(runs, name):
-    assert loss_difference(runs[name], runs["fp64"]) > 1e-6
-    assert gradient_difference(runs[name], runs["fp64"]) > 1e-3
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_reduction_is_seen(runs, fault):
+    alone = one(runs, FAULTS[fault])
+    assert loss_difference(runs[fault], alone) > 1e-6
+    assert gradient_difference(runs[fault], alone) > 1e-3
 
 
 def test_ranks_and_micro_batches_have_unequal_target_counts(runs):
-    counts = runs["shard 2, accumulation"]["counts"]
+    counts = runs[Row({"dp_shard": 2}, options={"train.micro_batch": 1}).name]["counts"]
     assert len({count for rank in counts for count in rank}) > 4
     assert len({sum(rank) for rank in counts}) == 2
 
 
+def test_names_of_rows_are_unique():
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
 def test_the_run_learns(runs):
-    losses = runs["fp64"]["losses"]
+    losses = runs["GQA | fp64"]["losses"]
     assert losses[-1] < losses[0]

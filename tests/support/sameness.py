@@ -1,7 +1,14 @@
-"""One short training run of a tiny model in this world, as numbers to compare: losses of 20 steps and every full gradient of step 1."""
+"""One short training run of a tiny model in this world, as numbers to compare: losses of 20 steps, every full gradient and routing decision
+of step 1."""
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
+from routing import Routing
 
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET, Batch
@@ -11,6 +18,7 @@ from llmtrain.engine.native import build
 from llmtrain.layout.steps import StepPlan
 from llmtrain.model.objective import cross_entropy
 from llmtrain.ops import Call, resolve
+from llmtrain.parallel import cp_ring, ep
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.train.stream import micro_batches
@@ -28,12 +36,12 @@ BASE = {"model": MODEL, "train": {"steps": 20, "seq_len": 24, "global_batch": 8,
 
 
 class Documents:
-    """Samples of 24 tokens cut in random documents; the later a sample, the more of its targets are masked away."""
+    """Samples of 24 tokens cut in random documents, or `whole`; the later a sample, the more of its targets are masked away."""
 
     seq_len = 24
 
-    def __init__(self, order=None):
-        self.order = order or (lambda sample: sample)
+    def __init__(self, order: Callable[[int], int] | None = None, *, whole: bool = False):
+        self.order, self.whole = order or (lambda sample: sample), whole
 
     def __len__(self):
         return 1 << 20
@@ -47,7 +55,7 @@ class Documents:
     def _row(self, sample: int):
         rng = np.random.default_rng(sample)
         cuts = np.unique(rng.integers(1, self.seq_len, size=rng.integers(0, 5)))
-        lengths = np.diff([0, *cuts, self.seq_len])
+        lengths = np.diff([0, *([] if self.whole else cuts), self.seq_len])
         tokens = rng.integers(0, 61, size=self.seq_len + 1)
         targets = tokens[1:].copy()
         targets[np.cumsum(lengths) - 1] = NO_TARGET
@@ -67,56 +75,123 @@ def merge(base: dict, changes: dict) -> dict:
     return base | both
 
 
-def broken_count(engine) -> None:
+@contextmanager
+def broken_count(engine) -> Iterator[None]:
     """Each rank divides by its own target count, as a mean over ranks of local means does."""
     engine._count_targets = lambda batches: sum(batch.target_count for batch in batches) * engine.mesh.world
+    yield
 
 
-def broken_sync(engine) -> None:
+@contextmanager
+def broken_sync(engine) -> Iterator[None]:
     """Gradients of all micro-batches but the last stay on their rank."""
     for parameter in engine.parameters.values():
         parameter.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))
+    yield
 
 
-FAULTS = {"count": broken_count, "sync": broken_sync}
+@contextmanager
+def no_tp_sum(engine) -> Iterator[None]:
+    """Gradients of what is not split stay each rank's partial sums."""
+    engine.stages.partial.clear()
+    yield
 
 
-def train(changes: dict, *, permute: bool = False, fault: str | None = None) -> dict:
-    """Losses of every step, and the gradients of step 1 (whole tensors by name), on this world's mesh."""
+@contextmanager
+def no_copy_sum(engine) -> Iterator[None]:
+    """Both copies of a tied embedding keep their own gradients."""
+    if engine.stages.embedding_copy is not None:
+        engine.stages.embedding_copy.sum_gradients = lambda local: None
+    yield
+
+
+@contextmanager
+def replaced(module, name: str, value) -> Iterator[None]:
+    """`module.name` is `value` for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def no_merge(engine):
+    """Blocks of a ring are added up without weighing them by their log-sum-exps."""
+
+    def add(out, lse, part, part_lse):
+        out.add_(part)
+        lse.copy_(torch.logaddexp(lse, part_lse))
+
+    return replaced(cp_ring, "_merge", add)
+
+
+def no_order(engine):
+    """Results return from the experts in the experts' order, not in the one in which their tokens came."""
+    return replaced(ep, "_inverse", lambda order: torch.arange(len(order)))
+
+
+FAULTS = {
+    "count": broken_count,
+    "sync": broken_sync,
+    "tp sum": no_tp_sum,
+    "embedding copy": no_copy_sum,
+    "cp merge": no_merge,
+    "expert order": no_order,
+}
+
+
+def train(changes: dict, *, permute: bool = False, whole: bool = False, fault: str | None = None) -> dict:
+    """Losses of every step, gradients (whole tensors by name) and routing (expert ids by layer) of step 1, on this world's mesh."""
     torch.set_num_threads(1)
     cfg = RunConfig.model_validate(merge(BASE, changes))
+    engine = build_engine(cfg)
+    plan, data, mesh = StepPlan.from_config(cfg), Documents(permuted if permute else None, whole=whole), engine.mesh
+    losses, compiling, found = [], [], {}
+    with FAULTS[fault](engine) if fault else nullcontext():
+        for index in range(plan.steps):
+            step = plan.step(index)
+            batches = micro_batches(step, data, rank=mesh.data_rank, ranks=mesh.shape.dp)
+            with Routing(engine) if index == 0 else nullcontext() as routing:
+                result = engine.forward_backward(batches)
+            if index == 0:
+                found = first_step(engine, batches) | {"routing": routing.gathered()}
+            engine.grad_norm()
+            engine.apply(lr=step.lr)
+            losses.append(result.loss)
+            compiling.append(result.metrics.get("compile_seconds", 0.0))
+    return {"losses": losses, "compile_seconds": compiling} | found
+
+
+def build_engine(cfg: RunConfig):
+    """The native engine of `cfg` in this world."""
     device = select("cpu")
     mesh = world.start(cfg.parallel, device=device)
-    ops = resolve(
-        cfg.kernels, Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2)
-    )
-    engine = build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=ops)
-    if fault:
-        FAULTS[fault](engine)
-    plan, data = StepPlan.from_config(cfg), Documents(permuted if permute else None)
-    losses, compiling, gradients, counts = [], [], {}, []
-    for index in range(plan.steps):
-        step = plan.step(index)
-        batches = micro_batches(step, data, rank=mesh.data_rank, ranks=mesh.shape.dp)
-        result = engine.forward_backward(batches)
-        if index == 0:
-            counts = [batch.target_count for batch in batches]
-            gradients = {name: whole(p.grad).double().clone().numpy() for name, p in engine.parameters.items()}
-            gradients = {name: value for part in mesh.gather(gradients) for name, value in part.items()}
-        engine.grad_norm()
-        engine.apply(lr=step.lr)
-        losses.append(result.loss)
-        compiling.append(result.metrics.get("compile_seconds", 0.0))
-    return {"losses": losses, "compile_seconds": compiling, "gradients": gradients, "counts": mesh.gather(counts)}
+    call = Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2)
+    return build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=resolve(cfg.kernels, call))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def first_step(engine, batches: list[Batch]) -> dict:
+    """Gradients from all ranks, and every rank's target counts."""
+    gradients = {name: full(p.grad).double().clone().numpy() for name, p in engine.parameters.items()}
+    everyone = {name: value for part in engine.mesh.gather(gradients) for name, value in part.items()}
+    return {"gradients": everyone, "counts": engine.mesh.gather([batch.target_count for batch in batches])}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else local_tensor(tensor)
 
 
-def train_all(scenarios: dict[str, dict]) -> dict[str, dict]:
-    """Several runs in one world, by name."""
-    return {name: train(**scenario) for name, scenario in scenarios.items()}
+def train_all(scenarios: dict[str, dict], done: str | None = None) -> dict[str, dict]:
+    """Several runs in one world, by name; each is also left in the folder `done` as soon as it has ended, as (name, run)."""
+    runs = {}
+    for index, (name, scenario) in enumerate(scenarios.items()):
+        runs[name] = train(**scenario)
+        if done is not None and torch.distributed.get_rank() == 0:
+            partial = Path(done) / f"{index}.partial"
+            partial.write_bytes(pickle.dumps((name, runs[name])))
+            partial.rename(partial.with_suffix(".pkl"))
+    return runs
 
 
 def loss_difference(a: dict, b: dict) -> float:
@@ -134,3 +209,12 @@ def gradient_difference(a: dict, b: dict) -> float:
     norms = {name: float(np.linalg.norm(gradient)) for name, gradient in b["gradients"].items()}
     least = 1e-6 * max(norms.values())
     return max(float(np.linalg.norm(a["gradients"][n] - g)) / max(norms[n], least) for n, g in b["gradients"].items())
+
+
+def routing_difference(a: dict, b: dict) -> tuple[int, int]:
+    """How many tokens of step 1 went to other experts in some layer, or to none, and how many (token, layer) there are."""
+    assert a["routing"].keys() == b["routing"].keys()
+    pairs = [(a["routing"][layer], there) for layer, there in b["routing"].items()]
+    return sum(sum(here.get(token) != ids for token, ids in there.items()) + len(here.keys() - there) for here, there in pairs), sum(
+        len(there) for _, there in pairs
+    )

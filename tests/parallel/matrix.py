@@ -1,0 +1,255 @@
+"""The whole parity matrix: `make parity` runs every row in float64 and float32 and writes docs/parity.md.
+
+Ends with 1 if a row fails. `--only TEXT` runs the rows whose name has TEXT in it and prints them without writing the page.
+"""
+
+import argparse
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+import torch  # noqa: E402
+from parity_rows import FAULTS, ROWS, Row, references  # noqa: E402
+from sameness import FAULTS as BROKEN  # noqa: E402
+from sameness import gradient_difference, loss_difference, routing_difference  # noqa: E402
+from worlds import run_world  # noqa: E402
+
+LOSS, GRADIENT, FACTOR = 1e-10, 1e-9, 5.0
+PAGE = """# Parity: every mesh against one process
+
+Written by `make parity` on {date} from commit {commit}: {count} rows, {failed} failed. Python {python}, PyTorch {torch}, {cores} cores
+({machine}), gloo, {minutes:.0f} minutes. Do not edit; `tests/support/parity_rows.py` holds the rows, `tests/parallel/matrix.py` runs them.
+
+Every row trains the same tiny transformer (3 layers unless it says 4, width 32, 4 heads, depth-scaled sandwich norm) for 20 steps of 8 rows
+of 24 tokens, AdamW at a learning rate of 0.01, gradients clipped at norm 1, and is compared with one process that has the same weights and
+batches.
+
+- **Loss**: largest relative difference of any step's loss in float64; allowed {loss:.0e}.
+- **Gradient**: largest difference of any whole gradient of step 1, relative to its norm, in float64; allowed {gradient:.0e}.
+- **Routing**: choices of experts in step 1, one per token and layer, that are those of one process; all must be.
+- **float32 loss** may differ by {factor:g} times the **control**: one process in float32 with the 8 rows of each step in another order.
+
+Rows are packed documents of random lengths, and ranks have different numbers of targets, unless it says one document a row. Micro-batches
+hold 2 rows unless it says otherwise: a pipeline without data parallelism sees 4 of them a step.
+
+| model | |
+| --- | --- |
+| GQA, MHA | 2 or 4 key/value heads; the others have 2 |
+| tied | head and token embedding are one parameter |
+| MTP | heads of multi-token prediction, 1 or 2 |
+| MoE | 4 experts in each layer, each token goes to 2 |
+| GPT | learned positions, LayerNorm before each branch, GELU, biases |
+
+{table}
+
+## Broken on purpose
+
+The same comparison with one reduction broken must fail, or it proves nothing. Each of these is seen by loss and gradients alike:
+
+{faults}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the parity matrix; write docs/parity.md.")
+    parser.add_argument("--only", help="run only rows whose name contains this; prints and writes nothing")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md")
+    options = parser.parse_args()
+    rows = [row for row in ROWS if options.only is None or options.only in row.name]
+    faults = FAULTS if options.only is None else {}
+    if not rows:
+        parser.error(f"no row's name contains {options.only!r}")
+    started, commit = time.monotonic(), commit_name()
+    runs = run_all(scenarios(rows, faults))
+    verdicts = [Verdict.of(row, runs) for row in rows]
+    seen = [fault_line(name, row, runs) for name, row in faults.items()]
+    failed = [v for v in verdicts if not v.passed]
+    if options.only is None:
+        options.out.write_text(page(verdicts, [line for line, _ in seen], commit=commit, minutes=(time.monotonic() - started) / 60))
+        print(f"{options.out} written")
+    else:
+        print(table(verdicts))
+    unseen = [line for line, found in seen if not found]
+    print(f"{len(rows)} rows, {len(failed)} failed, {len(unseen)} faults not seen")
+    for verdict in failed:
+        print(f"failed: {verdict.row.name}{': ' + verdict.error if verdict.error else ''}")
+    return 1 if failed or unseen else 0
+
+
+def scenarios(rows: list[Row], faults: dict[str, Row]) -> dict[int, dict[str, dict]]:
+    """Ranks -> name of a run -> what `sameness.train` is told."""
+    worlds: dict[int, dict[str, dict]] = {1: {}}
+    for row in [*rows, *faults.values()]:
+        worlds[1] |= references(row)
+    for row in rows:
+        worlds.setdefault(row.shape.world, {}).update({f"{row.name} | {p}": row.scenario(p) for p in ("fp64", "fp32")})
+    for name, row in faults.items():
+        worlds.setdefault(row.shape.world, {})[f"fault {name}"] = row.scenario("fp64", fault=name)
+    return worlds
+
+
+# --- running ------------------------------------------------------------------------------------------------------------------------------
+
+
+def run_all(worlds: dict[int, dict[str, dict]]) -> dict[str, dict | str]:
+    """Every run by name; the reason in words in the place of one that failed."""
+    progress, runs = Progress(sum(len(world) * ranks for ranks, world in worlds.items())), {}
+    for ranks, left in sorted(worlds.items()):
+        left = dict(left)
+        while left:  # a run that fails ends its world; those after it get another one
+            found, error = run_one_world(ranks, left, progress)
+            runs |= found
+            left = {name: scenario for name, scenario in left.items() if name not in found}
+            if left:
+                name = next(iter(left))
+                left.pop(name)
+                runs[name] = error or "its world ended without a result"
+                progress.done(name, ranks, failed=True)
+    return runs
+
+
+def run_one_world(ranks: int, wanted: dict[str, dict], progress: "Progress") -> tuple[dict[str, dict], str | None]:
+    """What `ranks` processes found until they ended, and the last words of one that failed."""
+    found: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        done, errors = Path(folder) / "done", []
+        done.mkdir()
+
+        def work() -> None:
+            args = {"scenarios": wanted, "done": str(done)}
+            try:
+                run_world("sameness:train_all", ranks, args=args, folder=Path(folder), timeout=120 + 60 * len(wanted))
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                errors.append(last_words(str(error)))
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        while worker.is_alive():
+            worker.join(0.5)
+            for path in sorted(done.glob("*.pkl"), key=lambda p: int(p.stem)):
+                name, found[name] = pickle.loads(path.read_bytes())
+                path.unlink()
+                progress.done(name, ranks)
+    return found, errors[0] if errors else None
+
+
+def last_words(text: str) -> str:
+    """The last line of a failed rank's output that names an error."""
+    lines = [line for line in text.splitlines() if "Error" in line]
+    return (lines or text.splitlines() or ["no output"])[-1].strip()
+
+
+class Progress:
+    """A line for each run, with the time left; runs of more ranks are taken to be longer."""
+
+    def __init__(self, work: int):
+        self.work, self.finished, self.started = work, 0, time.monotonic()
+
+    def done(self, name: str, ranks: int, *, failed: bool = False) -> None:
+        self.finished += ranks
+        seconds = time.monotonic() - self.started
+        left = seconds / self.finished * (self.work - self.finished)
+        print(f"{100 * self.finished / self.work:3.0f}%  ETA {left / 60:4.1f} min  {name}{'  FAILED' * failed}", flush=True)
+
+
+# --- judging and writing --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Verdict:
+    """One row's figures."""
+
+    row: Row
+    loss: float = float("nan")
+    gradient: float = float("nan")
+    misrouted: int = 0
+    choices: int = 0
+    single: float = float("nan")
+    control: float = float("nan")
+    error: str | None = None
+
+    @classmethod
+    def of(cls, row: Row, runs: dict[str, dict | str]) -> "Verdict":
+        exact, single = runs[f"{row.name} | fp64"], runs[f"{row.name} | fp32"]
+        alone, alone_32, control = (runs[f"{row.reference} | {kind}"] for kind in ("fp64", "fp32", "control"))
+        if words := [run for run in (exact, single, alone, alone_32, control) if isinstance(run, str)]:
+            return cls(row, error=words[0])
+        misrouted, choices = routing_difference(exact, alone)
+        differences = loss_difference(exact, alone), gradient_difference(exact, alone)
+        return cls(row, *differences, misrouted, choices, loss_difference(single, alone_32), loss_difference(control, alone_32))
+
+    @property
+    def passed(self) -> bool:
+        within = self.loss < LOSS and self.gradient < GRADIENT and self.misrouted == 0
+        return self.error is None and within and self.control > 0 and self.single <= FACTOR * self.control
+
+    def cells(self) -> list[str]:
+        routing = f"{self.choices - self.misrouted} of {self.choices}" if self.choices else ""
+        numbers = [f"{x:.1e}" for x in (self.loss, self.gradient)], [f"{x:.1e}" for x in (self.single, self.control)]
+        result = "pass" if self.passed else "**FAIL**" + (f" {self.error}" if self.error else "")
+        return [str(self.row.shape.world), self.row.mesh, self.row.model, self.row.details, *numbers[0], routing, *numbers[1], result]
+
+
+def table(verdicts: list[Verdict]) -> str:
+    head = ["ranks", "mesh", "model", "options", "loss", "gradient", "routing", "float32 loss", "control", ""]
+    lines = [head, ["---"] * len(head), *(verdict.cells() for verdict in verdicts)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def fault_line(name: str, row: Row, runs: dict[str, dict | str]) -> tuple[str, bool]:
+    """A line of the table of faults, and whether the fault was seen."""
+    run, alone = runs[f"fault {name}"], runs[f"{row.reference} | fp64"]
+    if isinstance(run, str) or isinstance(alone, str):
+        return f"| {row.name} | {run if isinstance(run, str) else alone} | | |", False
+    loss, gradient = loss_difference(run, alone), gradient_difference(run, alone)
+    what: Callable | None = BROKEN[name]
+    return f"| {row.name} | {(what.__doc__ or name).strip()} | {loss:.1e} | {gradient:.1e} |", loss > LOSS and gradient > GRADIENT
+
+
+def page(verdicts: list[Verdict], faults: list[str], *, commit: str, minutes: float) -> str:
+    return PAGE.format(
+        date=date.today().isoformat(),
+        commit=commit,
+        count=len(verdicts),
+        failed=sum(not verdict.passed for verdict in verdicts),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cores=len(os.sched_getaffinity(0)),
+        machine=platform.machine(),
+        minutes=minutes,
+        loss=LOSS,
+        gradient=GRADIENT,
+        factor=FACTOR,
+        table=table(verdicts),
+        faults="\n".join(["| row | what is broken | loss | gradient |", "| --- | --- | --- | --- |", *faults]),
+    )
+
+
+def commit_name() -> str:
+    """The commit that is run, and whether the tree differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "llmtrain", "kernels", "tests/support", "tests/parallel")
+        return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

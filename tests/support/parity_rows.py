@@ -1,0 +1,215 @@
+"""The parity matrix as data: meshes, models and options that must train as one process does. `quick` rows run in every test run."""
+
+from dataclasses import dataclass, field
+
+from llmtrain.config.train import ParallelConfig
+from llmtrain.layout.mesh import MeshShape
+
+LAYERS_4 = {"layers": 4}
+MODELS = {
+    "GQA": {},
+    "MHA": {"attention": {"kv_heads": 4}},
+    "4 layers": LAYERS_4,
+    "tied": {"tie_embeddings": True},
+    "4 layers, tied": {"tie_embeddings": True} | LAYERS_4,
+    "MTP": {"mtp": {"heads": 1}},
+    "MTP 2, tied": {"mtp": {"heads": 2}, "tie_embeddings": True},
+    "MoE": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}},
+    "MoE, 4 layers": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}} | LAYERS_4,
+    "GPT": {
+        "position": {"kind": "learned"},
+        "max_seq_len": 32,
+        "norm": {"kind": "layer_norm", "placement": "pre"},
+        "attention": {"qkv_bias": True, "out_bias": True, "qk_norm": False},
+        "ffn": {"activation": "gelu", "bias": True},
+    },
+}
+"""What differs from `sameness.MODEL` (3 layers, 4 heads, 2 key/value heads, sandwich norm, untied), by name."""
+RANKS_1 = "one rank"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the matrix."""
+
+    parallel: dict
+    model: str = "GQA"
+    options: dict = field(default_factory=dict)
+    """Dotted options beside the mesh's axes."""
+    whole: bool = False
+    """Rows of one document each, where all others are packed documents."""
+    quick: str = ""
+    """Formats run in every test run: `fp64`, `both` or none."""
+
+    @property
+    def shape(self) -> MeshShape:
+        return MeshShape.from_config(ParallelConfig(**self.parallel))
+
+    @property
+    def mesh(self) -> str:
+        etp = f", etp {self.shape.etp}" if self.shape.etp > 1 else ""
+        return self.shape.describe() + etp
+
+    @property
+    def details(self) -> str:
+        words = [f"{key.split('.')[-1]} {value}" for key, value in self.options.items()]
+        return ", ".join([*words, *["one document a row"] * self.whole])
+
+    @property
+    def name(self) -> str:
+        return "; ".join(part for part in (self.mesh, self.model, self.details) if part)
+
+    @property
+    def reference(self) -> str:
+        """The one-process runs that this row is compared with."""
+        return self.model + "; one document a row" * self.whole
+
+    def scenario(self, precision: str, **extra) -> dict:
+        """What `sameness.train` is told."""
+        changes: dict = {"model": MODELS[self.model], "parallel": dict(self.parallel), "precision": precision}
+        for key, value in self.options.items():
+            section, name = key.split(".")
+            changes.setdefault(section, {})[name] = value
+        return {"changes": changes, "whole": self.whole, **extra}
+
+
+def references(row: Row) -> dict[str, dict]:
+    """The one-process scenarios of `row`, by name: float64, float32, and float32 with each step's samples in another order."""
+    alone = Row({}, row.model, whole=row.whole)
+    kinds = {"fp64": ("fp64", {}), "fp32": ("fp32", {}), "control": ("fp32", {"permute": True})}
+    return {f"{row.reference} | {kind}": alone.scenario(precision, **extra) for kind, (precision, extra) in kinds.items()}
+
+
+def schedule(kind: str, virtual: int = 1, layers: list[int] | None = None) -> dict:
+    options = {"parallel.schedule": kind} | ({"parallel.virtual_stages": virtual} if virtual > 1 else {})
+    return options | ({"parallel.layers_per_stage": layers} if layers else {})
+
+
+ACCUMULATE = {"train.micro_batch": 1}
+FULL, SELECTIVE = ({"train.recompute": kind} for kind in ("full", "selective"))
+CHUNKS = {"parallel.tp_chunks": 3}
+RING, ULYSSES = ({"parallel.cp_kind": kind} for kind in ("ring", "ulysses"))
+
+ONE = [
+    Row({}, options=FULL, quick="fp64"),
+    Row({}, options=SELECTIVE, quick="fp64"),
+    Row({}, options={"train.micro_batch": 8}, quick="fp64"),
+    Row({}, options=ACCUMULATE),
+    Row({}, "MoE", FULL),
+]
+DATA = [
+    Row({"dp_shard": 2}, quick="both"),
+    Row({"dp_shard": 2}, options=ACCUMULATE, quick="fp64"),
+    Row({"dp_shard": 2}, options={"train.micro_batch": 4}, quick="fp64"),
+    Row({"dp_shard": 2}, options=FULL, quick="fp64"),
+    Row({"dp_shard": 2}, options=SELECTIVE | ACCUMULATE, quick="fp64"),
+    Row({"dp_shard": 2}, options={"parallel.reshard_after_forward": False}, quick="fp64"),
+    Row({"dp_shard": 2}, "tied", quick="fp64"),
+    Row({"dp_shard": 2}, "MHA"),
+    Row({"dp_shard": 2}, "GPT"),
+    Row({"dp_shard": 2}, "MTP"),
+    Row({"dp_shard": 2}, "MoE"),
+    Row({"dp_shard": 2}, whole=True),
+    Row({"dp_replicate": 2}, quick="fp64"),
+    Row({"dp_replicate": 2}, "MoE"),
+    Row({"dp_shard": 4}, quick="both"),
+    Row({"dp_shard": 4}, options=ACCUMULATE, quick="fp64"),
+    Row({"dp_replicate": 2, "dp_shard": 2}, quick="both"),
+    Row({"dp_replicate": 2, "dp_shard": 2}, "tied", ACCUMULATE | FULL, quick="fp64"),
+]
+TENSOR = [
+    Row({"tp": 2}, quick="fp64"),
+    Row({"tp": 2}, options=CHUNKS),
+    Row({"tp": 2}, options=FULL),
+    Row({"tp": 2}, options=SELECTIVE | CHUNKS),
+    Row({"tp": 2}, "MHA"),
+    Row({"tp": 2}, "tied"),
+    Row({"tp": 2}, "GPT", quick="fp64"),
+    Row({"tp": 2}, "MTP"),
+    Row({"tp": 2}, "MoE"),
+    Row({"tp": 2}, whole=True),
+    Row({"tp": 4}, quick="fp64"),
+    Row({"tp": 4}, options=CHUNKS),
+    Row({"tp": 2, "dp_shard": 2}, quick="fp64"),
+    Row({"tp": 2, "dp_shard": 2}, "GPT", CHUNKS | FULL),
+    Row({"tp": 2, "dp_replicate": 2}, "tied"),
+]
+PIPELINE = [
+    Row({"pp": 2}, options=schedule("1f1b"), quick="fp64"),
+    Row({"pp": 2}, options=schedule("gpipe")),
+    Row({"pp": 2}, "4 layers", schedule("interleaved", 2), quick="fp64"),
+    Row({"pp": 2}, options=schedule("zero_bubble"), quick="fp64"),
+    Row({"pp": 2}, "4 layers", schedule("zero_bubble", 2)),
+    Row({"pp": 2}, options=schedule("zbv", 2, [1, 1, 1, 0])),
+    Row({"pp": 2}, "4 layers, tied", schedule("dualpipev", 2), quick="fp64"),
+    Row({"pp": 2}, options=schedule("1f1b", layers=[1, 2]) | ACCUMULATE),
+    Row({"pp": 2}, options=FULL),
+    Row({"pp": 2}, "MHA"),
+    Row({"pp": 2}, "GPT"),
+    Row({"pp": 2}, "tied"),
+    Row({"pp": 2}, "MTP"),
+    Row({"pp": 2}, "MTP 2, tied", schedule("zbv", 2, [1, 1, 1, 0]) | ACCUMULATE, quick="fp64"),
+    Row({"pp": 2}, "4 layers, tied", schedule("interleaved", 2)),
+    Row({"pp": 2}, "MoE", schedule("zero_bubble")),
+    Row({"pp": 2}, whole=True),
+    Row({"pp": 4}, "4 layers", schedule("1f1b")),
+    Row({"pp": 4}, "4 layers, tied", schedule("gpipe") | ACCUMULATE),
+    Row({"pp": 2, "tp": 2}, "tied", ACCUMULATE, quick="fp64"),
+    Row({"pp": 2, "tp": 2}, "4 layers", schedule("zero_bubble", 2) | CHUNKS),
+    Row({"pp": 2, "dp_shard": 2}, "4 layers, tied", schedule("interleaved", 2) | ACCUMULATE),
+    Row({"pp": 2, "dp_shard": 2}, "MTP", schedule("1f1b")),
+    Row({"pp": 2, "dp_shard": 2}, "4 layers", schedule("dualpipev", 2) | ACCUMULATE),
+    Row({"pp": 2, "cp": 2}, "MTP 2, tied", schedule("zbv", 2, [1, 1, 1, 0])),
+]
+CONTEXT = [
+    Row({"cp": 2}, quick="fp64"),
+    Row({"cp": 2}, options=RING, quick="fp64"),
+    Row({"cp": 2}, options=ULYSSES, quick="fp64"),
+    *(Row({"cp": 2}, options=kind, whole=True) for kind in ({}, RING, ULYSSES)),
+    Row({"cp": 2}, "MHA", RING | FULL),
+    Row({"cp": 2}, "GPT"),
+    Row({"cp": 2}, "MTP", ULYSSES),
+    Row({"cp": 2}, "MoE"),
+    Row({"cp": 4}, options=RING),
+    Row({"cp": 4}),
+    Row({"dp_shard": 2, "cp": 2}, quick="fp64"),
+    Row({"dp_shard": 2, "cp": 2}, "tied", RING | ACCUMULATE),
+    Row({"dp_replicate": 2, "cp": 2}, options=ULYSSES),
+    Row({"cp": 2, "tp": 2}, options=RING, quick="fp64"),
+    Row({"cp": 2, "tp": 2}, "GPT"),
+    Row({"cp": 2, "tp": 2}, options=ULYSSES | CHUNKS),
+]
+EXPERT = [
+    Row({"dp_shard": 2, "ep": 2}, "MoE", quick="fp64"),
+    Row({"dp_shard": 2, "ep": 2}, "MoE", ACCUMULATE | FULL),
+    Row({"cp": 2, "ep": 2}, "MoE"),
+    Row({"tp": 2, "ep": 2}, "MoE"),
+    Row({"tp": 2, "etp": 2}, "MoE"),
+    Row({"dp_shard": 4, "ep": 2}, "MoE"),
+    Row({"dp_shard": 4, "ep": 4}, "MoE"),
+    Row({"dp_replicate": 2, "dp_shard": 2, "ep": 2}, "MoE"),
+    Row({"dp_shard": 2, "tp": 2, "ep": 4}, "MoE"),
+    Row({"dp_shard": 2, "tp": 2, "ep": 2}, "MoE"),
+    Row({"dp_shard": 2, "tp": 2, "ep": 2, "etp": 2}, "MoE"),
+    Row({"dp_shard": 2, "cp": 2, "ep": 4}, "MoE", RING),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("1f1b")),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE),
+    Row({"pp": 2, "tp": 2, "ep": 2}, "MoE", schedule("1f1b"), quick="fp64"),
+]
+EIGHT = [
+    Row({"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2}, "MoE"),
+    Row({"pp": 2, "dp_shard": 2, "tp": 2, "ep": 4}, "MoE", schedule("zbv", 2, [1, 1, 1, 0]) | ACCUMULATE),
+    Row({"pp": 2, "dp_shard": 2, "tp": 2}, "4 layers, tied", schedule("interleaved", 2) | ACCUMULATE),
+    Row({"dp_shard": 2, "cp": 2, "tp": 2}, "MTP", RING),
+]
+ROWS = [*ONE, *DATA, *TENSOR, *PIPELINE, *CONTEXT, *EXPERT, *EIGHT]
+
+FAULTS = {
+    "count": Row({"dp_shard": 2}),
+    "sync": Row({"dp_shard": 2}, options=ACCUMULATE),
+    "tp sum": Row({"tp": 2}),
+    "cp merge": Row({"cp": 2}, options=RING, whole=True),
+    "embedding copy": Row({"pp": 2}, "tied"),
+    "expert order": Row({"dp_shard": 2, "ep": 2}, "MoE"),
+}
+"""Faults of `sameness.FAULTS`, and the row that each must spoil."""
