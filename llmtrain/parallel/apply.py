@@ -1,5 +1,6 @@
 """A model made parallel from outside: one function per axis, in one fixed order."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -29,15 +30,17 @@ def stage_models(build: Callable[[], nn.Module], *, plan: PipelinePlan | None, r
     Without a plan the whole model is stage 0. Raises UserError for a model that cannot be cut.
     """
     with torch.device("meta"):
-        if plan is None:
-            return {0: build()}
-        stages = {}
-        for stage in plan.stages_of(rank):
-            model = stages[stage] = build()
-            if not hasattr(model, "first_stage"):
-                raise UserError(f"parallel.pp: {type(model).__name__} cannot be cut into pipeline stages; set parallel.pp: 1")
-            cut(model, blocks=plan.blocks(stage), first=stage == 0, last=stage == plan.stages - 1)
-        return stages
+        whole = build()
+    if plan is None:
+        return {0: whole}
+    if not hasattr(whole, "first_stage"):
+        raise UserError(f"parallel.pp: {type(whole).__name__} cannot be cut into pipeline stages; set parallel.pp: 1")
+    # Building hundreds of blocks takes longer than all the rest. Each is in one stage, so they need no copies; the ends may be in two.
+    shared = {id(block): block for block in whole.blocks.values()}
+    stages = {stage: copy.deepcopy(whole, dict(shared)) for stage in plan.stages_of(rank)}
+    for stage, model in stages.items():
+        cut(model, blocks=plan.blocks(stage), first=stage == 0, last=stage == plan.stages - 1)
+    return stages
 
 
 def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: ContextParallel | None, compiled: bool) -> set[str]:

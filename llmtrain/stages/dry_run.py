@@ -1,4 +1,4 @@
-"""`--dry-run`: resolve, plan, count, then one real step of a miniature with the same options."""
+"""`--dry-run`: resolve, plan, count, build every role of the mesh, then one real step of a miniature with the same options."""
 
 import torch
 
@@ -20,11 +20,12 @@ def miniature(model: ModelConfig) -> ModelConfig:
 
 def dry_run(cfg: RunConfig) -> int:
     """Print the plan, the parameters and the memory of `cfg` and try a step of its miniature. Returns the exit code."""
+    from llmtrain.parallel.check import check_parallel
     from llmtrain.stages.pretrain import with_vocabulary
 
     cfg = with_vocabulary(cfg)
     plan, shape = StepPlan.from_config(cfg), MeshShape.from_config(cfg.parallel)
-    plan.check_batches(dp=shape.dp)
+    check_parallel(cfg, shape, plan)
     print(f"plan: {plan.steps:,} steps, {plan.tokens:,} tokens, {len(plan.phases)} phase(s); mesh: {shape.describe()}")
     for phase in plan.phases:
         print(f"  {phase.name}: {phase.steps:,} steps x {phase.seq_len:,} tokens, RoPE base {phase.rope_base:g}, peak lr {phase.peak_lr:g}")
@@ -34,6 +35,10 @@ def dry_run(cfg: RunConfig) -> int:
         print(f"  {part:28s} {size / 2**30:>14.2f} GiB a rank")
     built = _count_on_meta(cfg)
     print(f"built on meta: {built:,} parameters")
+    if shape.world > 1:
+        from llmtrain.stages.dry_mesh_report import dry_mesh
+
+        dry_mesh(cfg, plan, shape)
     loss = _one_step(cfg)
     print(f"one step of a 2-layer miniature with these options: loss {loss:.3f} (ln 256 = 5.545)")
     return 0
