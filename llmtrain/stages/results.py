@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from llmtrain.config.run import RunConfig
 from llmtrain.engine.base import Engine
@@ -24,11 +24,18 @@ def full_weights(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, torch.Tensor
     for name, (shape, dtype) in {name: form for part in held for name, form in part.items()}.items():
         whole = mine.get(name)
         if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
+            whole = _gathered(whole)
         source = next(rank for rank, part in enumerate(held) if name in part)
         whole = _to_rank_0(whole, source, mesh, shape=shape, dtype=dtype)
         if whole is not None:
             yield name, whole.cpu()
+
+
+def _gathered(tensor: DTensor) -> torch.Tensor:
+    """As full_tensor, axis by axis: that of FSDP, which splits what tp has split, comes first. PyTorch warns of doing both at once."""
+    for axis in range(tensor.device_mesh.ndim):
+        tensor = tensor.redistribute(placements=[Replicate()] * (axis + 1) + list(tensor.placements[axis + 1 :]))
+    return tensor.to_local()
 
 
 def _to_rank_0(whole: torch.Tensor | None, source: int, mesh: Mesh, *, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
