@@ -64,6 +64,13 @@ def test_a_broken_reduction_is_seen(runs, fault):
     assert gradient_difference(runs[fault], alone) > 1e-3
 
 
+def test_a_token_that_goes_elsewhere_or_nowhere_is_counted():
+    alone = {"routing": {"blocks.0.ffn.router": {1: (0, 2), 2: (3, 1), 3: (2, 1)}}}
+    other = {"routing": {"blocks.0.ffn.router": {1: (0, 2), 2: (1, 3)}}}
+    assert routing_difference(alone, alone) == (0, 3)
+    assert routing_difference(other, alone) == (2, 3)
+
+
 def test_ranks_and_micro_batches_have_unequal_target_counts(runs):
     counts = runs[Row({"dp_shard": 2}, options={"train.micro_batch": 1}).name]["counts"]
     assert len({count for rank in counts for count in rank}) > 4
