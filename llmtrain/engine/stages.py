@@ -14,12 +14,12 @@ from llmtrain.engine.micro_batch import MicroBatch
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.model import family
 from llmtrain.ops import Ops
-from llmtrain.parallel import where
 from llmtrain.parallel.apply import apply, stage_models
 from llmtrain.parallel.compile import decide
 from llmtrain.parallel.copies import EmbeddingCopy
 from llmtrain.parallel.cp import ContextParallel
 from llmtrain.parallel.fsdp import local_tensor, set_gradient_sync
+from llmtrain.parallel.hang import where
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.pipeline import Pipeline
 

@@ -18,10 +18,10 @@ from llmtrain.parallel.cp import ContextParallel, apply_cp
 from llmtrain.parallel.ep import apply_ep
 from llmtrain.parallel.fsdp import apply_fsdp
 from llmtrain.parallel.gradients import partial_over_tp
+from llmtrain.parallel.hang.where import watch_layers
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.parallel.tp import apply_tp
-from llmtrain.parallel.where import watch_layers
 
 
 def stage_models(build: Callable[[], nn.Module], *, plan: PipelinePlan | None, rank: int) -> dict[int, nn.Module]:

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.parallel.where import recorded
+from llmtrain.parallel.hang.where import recorded
 
 
 class EmbeddingCopy:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.compat import all_gather_rows, reduce_scatter_rows
 from llmtrain.layout.sequence import Partition
-from llmtrain.parallel.where import recorded
+from llmtrain.parallel.hang.where import recorded
 
 
 class Order:

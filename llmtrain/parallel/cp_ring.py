@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.layout.sequence import Partition, Piece
 from llmtrain.ops import Ops
-from llmtrain.parallel.where import recorded
+from llmtrain.parallel.hang.where import recorded
 
 
 class _Passing:

@@ -11,9 +11,9 @@ from llmtrain.compat import concatenate_meshes, flatten_mesh
 from llmtrain.config.train import ParallelConfig
 from llmtrain.device.base import Device
 from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
-from llmtrain.parallel.where import recorded
+from llmtrain.parallel.hang.where import recorded
 
-MARGIN = 30.0  # seconds after parallel.timeout at which the back end itself gives up, should the watcher (`parallel/watch.py`) fail
+MARGIN = 30.0  # seconds after parallel.timeout at which the back end itself gives up, should the watcher (`parallel/hang/watch.py`) fail
 
 
 class Mesh:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from llmtrain.compat import reduce_fsdp_gradients, split_backward
 from llmtrain.layout.schedule import Action, Schedule, with_communication
-from llmtrain.parallel.where import at, recorded
+from llmtrain.parallel.hang.where import at, recorded
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, hidden states from the stage before or None) -> hidden states, or the last stage's scalar to minimise."""

@@ -13,11 +13,11 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.data.batch import NO_TARGET
 from llmtrain.layout.stages import split_layers
 from llmtrain.model.transformer import cut
+from llmtrain.parallel.hang.where import recorded
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.ops import gather_vocabulary
 from llmtrain.parallel.ops.vocabulary import first_entry
 from llmtrain.parallel.tp import Splitter, check_tp, local_part
-from llmtrain.parallel.where import recorded
 
 
 def share(model: nn.Module, mesh: Mesh) -> "SharedModel":

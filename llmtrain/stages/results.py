@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from llmtrain.config.run import RunConfig
 from llmtrain.engine.base import Engine
 from llmtrain.layout.steps import StepPlan
+from llmtrain.parallel.hang.where import recorded
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.where import recorded
 
 
 def full_weights(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, torch.Tensor]]:

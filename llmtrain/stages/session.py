@@ -21,7 +21,7 @@ from llmtrain.ops import Call, Ops, resolve
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.compile import decide
 from llmtrain.parallel.cores import settled
-from llmtrain.parallel.watch import watching
+from llmtrain.parallel.hang.watch import watching
 from llmtrain.train.console import Console
 from llmtrain.train.run_folder import RunFolder, setup_logging
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from llmtrain.hardware import cores
-from llmtrain.parallel import board
+from llmtrain.parallel.hang import board
 from llmtrain.tools.slurm import adopt_rank
 
 STOPPED, GUARD = 2, 3  # exit codes of ranks that end by their own decision
@@ -110,7 +110,7 @@ class _Group:
     def __init__(self, folder: Path, meeting: Path):
         self.folder, self.meeting = folder, meeting
         self.hang: dict | None = None
-        """The report of a hang, once the ranks have made it (`parallel/board.py`)."""
+        """The report of a hang, once the ranks have made it (`parallel/hang/board.py`)."""
         self.processes: list[subprocess.Popen] = []
         self.log_starts: list[int] = []
         self.failed: list[int] = []

@@ -13,7 +13,7 @@ from llmtrain.device.dtypes import torch_dtype
 from llmtrain.engine.base import Engine, StepResult
 from llmtrain.errors import UserError
 from llmtrain.layout.steps import Phase, Step, StepPlan
-from llmtrain.parallel import where
+from llmtrain.parallel.hang import where
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.train.checkpoint import Checkpointer
 from llmtrain.train.checkpoint_files import complete

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from llmtrain.parallel.where import HERE, label, recorded
+from llmtrain.parallel.hang.where import HERE, label, recorded
 
 COLLECTIVES = (
     "all_reduce",

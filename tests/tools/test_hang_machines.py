@@ -3,7 +3,7 @@
 import pytest
 from hang_runs import TIMEOUT, Faulty, see_through
 
-from llmtrain.parallel.board import VARIABLE
+from llmtrain.parallel.hang.board import VARIABLE
 from llmtrain.tools.launch import _reserved_port
 
 DP = ("--parallel.dp_shard", "2")

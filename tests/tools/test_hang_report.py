@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from llmtrain.parallel import hang_report, where
-from llmtrain.parallel.place import BACKWARD, FORWARD, SIZE, Field, Record, decode
+from llmtrain.parallel.hang import report as hang_report
+from llmtrain.parallel.hang import where
+from llmtrain.parallel.hang.record import BACKWARD, FORWARD, SIZE, Field, Record, decode
 
 
 def waits(rank, op="all_reduce", group="tp", members=(0, 1), **more):

@@ -1,7 +1,7 @@
 """Notices a rank that waits in a collective for too long, has every rank say where it is, and ends the run with one report.
 
-A thread in every rank looks at what `parallel/inside.py` finds. Ranks of one machine meet in a folder (`parallel/board.py`), machines
-in the store that the ranks joined the world through (`parallel/far.py`).
+A thread in every rank looks at what `inside.py` finds. Ranks of one machine meet in a folder (`board.py`), machines in the store that the
+ranks joined the world through (`machines.py`).
 """
 
 import os
@@ -18,14 +18,14 @@ from pathlib import Path
 
 from llmtrain.compat import limit_collectives
 from llmtrain.config.run import RunConfig
-from llmtrain.parallel import hang_report as words
-from llmtrain.parallel.board import VARIABLE, Board, write_atomic
 from llmtrain.parallel.cores import machine
-from llmtrain.parallel.far import Far
-from llmtrain.parallel.inside import Inside, all_stacks, failed_in_collective, frames_of
+from llmtrain.parallel.hang import report as words
+from llmtrain.parallel.hang.board import VARIABLE, Board, write_atomic
+from llmtrain.parallel.hang.inside import Inside, all_stacks, failed_in_collective, frames_of
+from llmtrain.parallel.hang.machines import Far
+from llmtrain.parallel.hang.record import Field
+from llmtrain.parallel.hang.where import HERE, set_labels
 from llmtrain.parallel.mesh import MARGIN, Mesh
-from llmtrain.parallel.place import Field
-from llmtrain.parallel.where import HERE, set_labels
 
 GUARD = 3  # exit code
 TICK = 0.5  # seconds between looks

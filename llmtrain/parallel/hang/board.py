@@ -1,6 +1,6 @@
 """A folder in which the ranks of one machine see each other, also those that are stopped or gone. Imports no torch.
 
-rank-N.where is the record of a rank (`parallel/place.py`) in shared memory, rank-N.stack what its Python threads do, written when
+rank-N.where is the record of a rank (`parallel/hang/record.py`) in shared memory, rank-N.stack what its Python threads do, written when
 SIGURG asks for it, rank-N.json what a rank says of itself once a hang was called. `call` is made by the first to see a hang, which
 then reports for the machine; `report.json` ends it.
 """
@@ -14,7 +14,7 @@ import signal
 import time
 from pathlib import Path
 
-from llmtrain.parallel.place import SIZE, decode
+from llmtrain.parallel.hang.record import SIZE, decode
 
 VARIABLE = "LLMTRAIN_BOARD"
 """Environment variable in which the launcher gives its ranks the folder."""

@@ -1,6 +1,6 @@
 """Where this process is in a step: a few numbers that the call sites keep up to date, for the report of a hang.
 
-They lie in one block of memory that other processes can read (`parallel/board.py`), so the place of a rank is known even when it is
+They lie in one block of memory that other processes can read (`parallel/hang/board.py`), so the place of a rank is known even when it is
 stopped or gone. One record per process: a mark costs well below a microsecond.
 """
 
@@ -10,7 +10,7 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.parallel.place import BACKWARD, FORWARD, Field, Record
+from llmtrain.parallel.hang.record import BACKWARD, FORWARD, Field, Record
 
 HERE = Record()
 """The record of this process."""

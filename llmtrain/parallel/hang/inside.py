@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from llmtrain.compat import open_collectives
 from llmtrain.layout.mesh import AXES, EXPERT_AXES
+from llmtrain.parallel.hang.record import Field
+from llmtrain.parallel.hang.where import HERE
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.place import Field
-from llmtrain.parallel.where import HERE
 
 INNERMOST = 5  # frames shown whatever they are; further out, those of this package alone
 OUTER = 6
@@ -24,7 +24,7 @@ COLLECTIVES = tuple(os.path.join(LIBRARY, name) for name in ("distributed_c10d.p
 WRAPPERS = ("c10d_logger.py", "typing_extensions.py")
 DULL = (*WRAPPERS, "_contextlib.py", "eval_frame.py", "_fsdp_common.py")  # frames that only pass on
 STANDARD = os.path.dirname(os.__file__)
-PACKAGE = str(Path(__file__).parents[1]) + os.sep
+PACKAGE = str(Path(__file__).parents[2]) + os.sep
 ROOT = os.path.dirname(os.path.dirname(PACKAGE))
 
 
