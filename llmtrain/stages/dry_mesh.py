@@ -136,7 +136,8 @@ def build_roles(cfg: RunConfig, shape: MeshShape) -> list[tuple[int, Role]]:
         found = []
         for done, role in enumerate(_built(cfg, shape, ranks), 1):
             found.append(role)
-            progress.at(done)
+            if done % SEVERAL == 0:  # the first ones also wait for the processes to start, which says nothing of the others
+                progress.at(done)
     return list(zip(ranks, found))
 
 

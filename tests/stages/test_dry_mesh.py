@@ -15,6 +15,7 @@ from llmtrain.layout.mesh import AXES, EXPERT_AXES, MeshShape
 from llmtrain.layout.shards import Shards
 from llmtrain.layout.steps import StepPlan
 from llmtrain.layout.traffic import traffic
+from llmtrain.parallel.check import check_parallel
 from llmtrain.stages import dry_mesh, pretrain
 from llmtrain.stages.dry_mesh import build_role, build_roles, check_groups, group_of, role_ranks
 
@@ -213,3 +214,13 @@ def test_all_groups_of_8192_ranks(pangu):
         "tp": 1024,
         "fsdp": 64,
     }
+
+
+def test_the_rows_of_long_context_go_on_where_the_short_ones_end(pangu):
+    short = StepPlan.from_config(pangu[0])
+    long_cfg = load(ROOT / "configs" / "pangu_ultra_135b_long.yaml", ["--device", "cpu"]).run
+    plan, shape = StepPlan.from_config(long_cfg), MeshShape.from_config(long_cfg.parallel)
+    assert plan.segments[: len(short.segments)] == short.segments and len(plan.phases) == 5
+    assert long_cfg.name == pangu[0].name  # the same run folder, and so its checkpoints
+    assert shape.world == pangu[1].world
+    check_parallel(long_cfg, shape, plan)
