@@ -39,7 +39,7 @@ class Row:
     whole: bool = False
     """Rows of one document each, where all others are packed documents."""
     quick: str = ""
-    """Formats run in every test run: `fp64`, `both` or none."""
+    """What every test run does of it: `short`, the first steps in float64; `fp64`, all steps; `both`, in float32 too; or nothing."""
 
     @property
     def shape(self) -> MeshShape:
@@ -118,43 +118,43 @@ DATA = [
     Row({"dp_replicate": 2, "dp_shard": 2}, "tied", ACCUMULATE | FULL, quick="fp64"),
 ]
 TENSOR = [
-    Row({"tp": 2}, quick="fp64"),
+    Row({"tp": 2}, quick="short"),
     Row({"tp": 2}, options=CHUNKS),
     Row({"tp": 2}, options=FULL),
     Row({"tp": 2}, options=SELECTIVE | CHUNKS),
     Row({"tp": 2}, "MHA"),
     Row({"tp": 2}, "tied"),
-    Row({"tp": 2}, "GPT", quick="fp64"),
+    Row({"tp": 2}, "GPT", quick="short"),
     Row({"tp": 2}, "MTP"),
     Row({"tp": 2}, "MoE"),
     Row({"tp": 2}, whole=True),
-    Row({"tp": 4}, quick="fp64"),
+    Row({"tp": 4}, quick="short"),
     Row({"tp": 4}, options=CHUNKS),
-    Row({"tp": 2, "dp_shard": 2}, quick="fp64"),
+    Row({"tp": 2, "dp_shard": 2}, quick="short"),
     Row({"tp": 2, "dp_shard": 2}, "GPT", CHUNKS | FULL),
     Row({"tp": 2, "dp_replicate": 2}, "tied"),
 ]
 PIPELINE = [
-    Row({"pp": 2}, options=schedule("1f1b"), quick="fp64"),
+    Row({"pp": 2}, options=schedule("1f1b"), quick="short"),
     Row({"pp": 2}, options=schedule("gpipe")),
-    Row({"pp": 2}, "4 layers", schedule("interleaved", 2), quick="fp64"),
-    Row({"pp": 2}, options=schedule("zero_bubble"), quick="fp64"),
+    Row({"pp": 2}, "4 layers", schedule("interleaved", 2), quick="short"),
+    Row({"pp": 2}, options=schedule("zero_bubble"), quick="short"),
     Row({"pp": 2}, "4 layers", schedule("zero_bubble", 2)),
     Row({"pp": 2}, options=schedule("zbv", 2, [1, 1, 1, 0])),
-    Row({"pp": 2}, "4 layers, tied", schedule("dualpipev", 2), quick="fp64"),
+    Row({"pp": 2}, "4 layers, tied", schedule("dualpipev", 2), quick="short"),
     Row({"pp": 2}, options=schedule("1f1b", layers=[1, 2]) | ACCUMULATE),
     Row({"pp": 2}, options=FULL),
     Row({"pp": 2}, "MHA"),
     Row({"pp": 2}, "GPT"),
     Row({"pp": 2}, "tied"),
     Row({"pp": 2}, "MTP"),
-    Row({"pp": 2}, "MTP 2, tied", schedule("zbv", 2, [1, 1, 1, 0]) | ACCUMULATE, quick="fp64"),
+    Row({"pp": 2}, "MTP 2, tied", schedule("zbv", 2, [1, 1, 1, 0]) | ACCUMULATE, quick="short"),
     Row({"pp": 2}, "4 layers, tied", schedule("interleaved", 2)),
     Row({"pp": 2}, "MoE", schedule("zero_bubble")),
     Row({"pp": 2}, whole=True),
     Row({"pp": 4}, "4 layers", schedule("1f1b")),
     Row({"pp": 4}, "4 layers, tied", schedule("gpipe") | ACCUMULATE),
-    Row({"pp": 2, "tp": 2}, "tied", ACCUMULATE, quick="fp64"),
+    Row({"pp": 2, "tp": 2}, "tied", ACCUMULATE, quick="short"),
     Row({"pp": 2, "tp": 2}, "4 layers", schedule("zero_bubble", 2) | CHUNKS),
     Row({"pp": 2, "dp_shard": 2}, "4 layers, tied", schedule("interleaved", 2) | ACCUMULATE),
     Row({"pp": 2, "dp_shard": 2}, "MTP", schedule("1f1b")),
@@ -162,9 +162,9 @@ PIPELINE = [
     Row({"pp": 2, "cp": 2}, "MTP 2, tied", schedule("zbv", 2, [1, 1, 1, 0])),
 ]
 CONTEXT = [
-    Row({"cp": 2}, quick="fp64"),
-    Row({"cp": 2}, options=RING, quick="fp64"),
-    Row({"cp": 2}, options=ULYSSES, quick="fp64"),
+    Row({"cp": 2}, quick="short"),
+    Row({"cp": 2}, options=RING, quick="short"),
+    Row({"cp": 2}, options=ULYSSES, quick="short"),
     *(Row({"cp": 2}, options=kind, whole=True) for kind in ({}, RING, ULYSSES)),
     Row({"cp": 2}, "MHA", RING | FULL),
     Row({"cp": 2}, "GPT"),
@@ -172,15 +172,15 @@ CONTEXT = [
     Row({"cp": 2}, "MoE"),
     Row({"cp": 4}, options=RING),
     Row({"cp": 4}),
-    Row({"dp_shard": 2, "cp": 2}, quick="fp64"),
+    Row({"dp_shard": 2, "cp": 2}, quick="short"),
     Row({"dp_shard": 2, "cp": 2}, "tied", RING | ACCUMULATE),
     Row({"dp_replicate": 2, "cp": 2}, options=ULYSSES),
-    Row({"cp": 2, "tp": 2}, options=RING, quick="fp64"),
+    Row({"cp": 2, "tp": 2}, options=RING, quick="short"),
     Row({"cp": 2, "tp": 2}, "GPT"),
     Row({"cp": 2, "tp": 2}, options=ULYSSES | CHUNKS),
 ]
 EXPERT = [
-    Row({"dp_shard": 2, "ep": 2}, "MoE", quick="fp64"),
+    Row({"dp_shard": 2, "ep": 2}, "MoE", quick="short"),
     Row({"dp_shard": 2, "ep": 2}, "MoE", ACCUMULATE | FULL),
     Row({"cp": 2, "ep": 2}, "MoE"),
     Row({"tp": 2, "ep": 2}, "MoE"),
@@ -194,7 +194,7 @@ EXPERT = [
     Row({"dp_shard": 2, "cp": 2, "ep": 4}, "MoE", RING),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("1f1b")),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE),
-    Row({"pp": 2, "tp": 2, "ep": 2}, "MoE", schedule("1f1b"), quick="fp64"),
+    Row({"pp": 2, "tp": 2, "ep": 2}, "MoE", schedule("1f1b"), quick="short"),
 ]
 EIGHT = [
     Row({"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2}, "MoE"),

@@ -141,15 +141,15 @@ FAULTS = {
 }
 
 
-def train(changes: dict, *, permute: bool = False, whole: bool = False, fault: str | None = None) -> dict:
-    """Losses of every step, gradients (whole tensors by name) and routing (expert ids by layer) of step 1, on this world's mesh."""
+def train(changes: dict, *, permute: bool = False, whole: bool = False, fault: str | None = None, stop: int | None = None) -> dict:
+    """On this world's mesh: losses of every step, or the first `stop`; gradients (whole, by name) and expert ids by layer of step 1."""
     torch.set_num_threads(1)
     cfg = RunConfig.model_validate(merge(BASE, changes))
     engine = build_engine(cfg)
     plan, data, mesh = StepPlan.from_config(cfg), Documents(permuted if permute else None, whole=whole), engine.mesh
     losses, compiling, found = [], [], {}
     with FAULTS[fault](engine) if fault else nullcontext():
-        for index in range(plan.steps):
+        for index in range(stop or plan.steps):
             step = plan.step(index)
             batches = micro_batches(step, data, rank=mesh.data_rank, ranks=mesh.shape.dp)
             with Routing(engine) if index == 0 else nullcontext() as routing:
@@ -195,8 +195,9 @@ def train_all(scenarios: dict[str, dict], done: str | None = None) -> dict[str, 
 
 
 def loss_difference(a: dict, b: dict) -> float:
-    """Largest relative difference of any step's loss."""
-    return max(abs(x - y) / abs(y) for x, y in zip(a["losses"], b["losses"], strict=True))
+    """Largest relative difference of any step's loss; `b` may have gone on for longer."""
+    assert 0 < len(a["losses"]) <= len(b["losses"])
+    return max(abs(x - y) / abs(y) for x, y in zip(a["losses"], b["losses"]))
 
 
 def gradient_difference(a: dict, b: dict) -> float:
