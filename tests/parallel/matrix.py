@@ -19,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 import torch  # noqa: E402
 from parity_rows import FAULTS, ROWS, Row, references  # noqa: E402
@@ -72,6 +71,7 @@ def main() -> int:
     faults = FAULTS if options.only is None else {}
     if not rows:
         parser.error(f"no row's name contains {options.only!r}")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of the processes of the worlds
     started, commit = time.monotonic(), commit_name()
     runs = run_all(scenarios(rows, faults))
     verdicts = [Verdict.of(row, runs) for row in rows]
