@@ -72,6 +72,12 @@ class MeshShape:
         return self.dp_shard * self.cp
 
     @property
+    def shares_parameters(self) -> bool:
+        """Whether any gradient is to be summed over ranks that hold the same parameters: those of dense layers, or those of experts."""
+        experts = self.ep > 1 or self.etp > 1
+        return self.fsdp * self.dp_replicate > 1 or (experts and self.efsdp > 1)
+
+    @property
     def world(self) -> int:
         """Number of ranks."""
         return prod(self.sizes(AXES))

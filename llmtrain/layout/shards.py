@@ -60,7 +60,7 @@ class Shards:
         self.place, self.expert_place = shape.place(rank), shape.place(rank, EXPERT_AXES)
         self.plan = PipelinePlan.from_config(cfg) if shape.pp > 1 else None
         self.shared_experts = shape.ep > 1 or shape.etp > 1
-        self.sharded = shape.fsdp * shape.dp_replicate > 1
+        self.sharded = shape.shares_parameters
 
     def stages(self) -> list[int]:
         """Numbers of the stages that the rank holds; 0 without a pipeline."""

@@ -59,7 +59,7 @@ def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: C
     partial = {name for name, parameter in model.named_parameters() if shape.tp > 1 and partial_over_tp(parameter)}
     if compiled:
         apply_compile(model)
-    sharded = shape.fsdp * shape.dp_replicate > 1
+    sharded = shape.shares_parameters
     if not sharded and precision.compute != precision.params:
         apply_cast(model, torch_dtype(precision.compute))
     apply_recompute(model, cfg.train.recompute)

@@ -11,7 +11,8 @@ import pytest
 from llmtrain.stages import pretrain
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# The long file of Pangu Ultra is the short one with two phases more; tests/stages/test_dry_mesh.py builds some of its ranks.
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "pangu_ultra_135b_long")
 MILLIONS = {"llama3_8b": 8030, "llama3_70b": 70554, "smollm2_135m": 134.5, "pangu_ultra_135b": 135000, "qwen3_8b": 8191, "qwen3_0_6b": 596}
 
 pytestmark = pytest.mark.xdist_group("verbs")
