@@ -11,7 +11,7 @@ USAGE = """usage: llmtrain {verb} -c FILE [--dry-run] [--section.key VALUE ...]
 {description}
 
   -c, --config FILE   YAML file; it may name others with `extends:`
-  --dry-run           resolve, count parameters and memory, build the ranks of the mesh without memory, try one step of a miniature, and exit
+  --dry-run           resolve, count parameters and memory, build the mesh's ranks without memory, try a step of a miniature, and exit
   -h, --help          this text; `llmtrain config help SECTION` prints one section
 
 Any option below may follow, over what the file says: --train.steps 200, --train.steps=200, --metrics.tensorboard,
