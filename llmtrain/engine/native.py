@@ -74,9 +74,11 @@ class NativeEngine:
         scale = (self.loss_scale.value if self.loss_scale else 1.0) / total
         losses = self.stages.train(self._prepared(micro_batches, heads=self.cfg.model.mtp.heads), objective=self.objective, scale=scale)
         self._complete_gradients()
-        self._norm = None
+        values = self._values(losses)
+        loss_sum, square = self.mesh.sum(self._share(values), self._square_sum())  # one message for both
+        self._norm = math.sqrt(square)
         compiling = compile_seconds() - compiling
-        return self._result(micro_batches, losses, total, {"compile_seconds": compiling} if compiling else {})
+        return self._result(micro_batches, values, loss_sum, total, {"compile_seconds": compiling} if compiling else {})
 
     def _prepared(self, batches: Sequence[Batch], *, heads: int = 0) -> list[MicroBatch]:
         whole = {"device": self.device, "cp": self.stages.cp, "multiple": self.mesh.shape.tp, "heads": heads}
@@ -84,8 +86,7 @@ class NativeEngine:
 
     def _count_targets(self, micro_batches: Sequence[Batch]) -> int:
         # Ranks that differ along pp, cp and tp alone have read the same samples.
-        counted = not any(self.mesh.place(axis) for axis in ("pp", "cp", "tp"))
-        total = int(self.mesh.sum(sum(batch.target_count for batch in micro_batches) if counted else 0)[0])
+        total = int(self.mesh.sum(sum(batch.target_count for batch in micro_batches), axes=("dp_replicate", "dp_shard"))[0])
         if total == 0:
             raise UserError("a step holds no target token: every document in it is one token long; check the data or data.document_mask")
         return total
@@ -97,10 +98,17 @@ class NativeEngine:
         if self.stages.embedding_copy is not None:
             self.stages.embedding_copy.sum_gradients(local_tensor)
 
-    def _result(self, micro_batches: Sequence[Batch], losses: list[torch.Tensor], total: int, metrics: dict | None = None) -> StepResult:
-        """`losses` of the micro-batches, none on ranks without the last stage; ranks of tp all have the same."""
-        values = torch.stack(losses).double().tolist() if losses and self.device.kind == "cpu" else [loss.item() for loss in losses]
-        loss_sum = self.mesh.sum(0.0 if self.mesh.place("tp") else math.fsum(values))[0]
+    def _values(self, losses: Sequence[torch.Tensor]) -> list[float]:
+        return torch.stack(list(losses)).double().tolist() if losses and self.device.kind == "cpu" else [loss.item() for loss in losses]
+
+    def _share(self, values: Sequence[float]) -> float:
+        """What this rank brings to the sum of losses: ranks of tp all have the same."""
+        return 0.0 if self.mesh.place("tp") else math.fsum(values)
+
+    def _result(
+        self, micro_batches: Sequence[Batch], values: list[float], loss_sum: float, total: int, metrics: dict | None = None
+    ) -> StepResult:
+        """`values` are this rank's losses by micro-batch, none on ranks without the last stage; `loss_sum` that of all ranks."""
         bad: tuple[int, ...] = ()
         if not math.isfinite(loss_sum):
             mine = [s for batch, value in zip(micro_batches, values) if not math.isfinite(value) for s in batch.samples]
@@ -111,16 +119,19 @@ class NativeEngine:
         return [local_tensor(p.grad) for p in self.optimizer.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
+    def _square_sum(self) -> float:
+        """This rank's share of the squared norm of all gradients, from which the loss scale is taken first."""
+        if self.loss_scale:
+            for gradient in self._gradients():
+                gradient.mul_(1.0 / self.loss_scale.value)
+        ranks = self.mesh.world // self.mesh.shape.pp
+        parameters = [p for p in self.parameters.values() if p.grad is not None]
+        return square_sum([local_tensor(p.grad) for p in parameters], [holders(p, ranks) for p in parameters])
+
     def grad_norm(self) -> float:
-        """Global 2-norm of the (unscaled) gradients; computed once per step."""
+        """Global 2-norm of the (unscaled) gradients, which forward_backward summed up along with the loss."""
         if self._norm is None:
-            if self.loss_scale:
-                for gradient in self._gradients():
-                    gradient.mul_(1.0 / self.loss_scale.value)
-            ranks = self.mesh.world // self.mesh.shape.pp
-            parameters = [p for p in self.parameters.values() if p.grad is not None]
-            square = square_sum([local_tensor(p.grad) for p in parameters], [holders(p, ranks) for p in parameters])
-            self._norm = math.sqrt(self.mesh.sum(square)[0])
+            raise RuntimeError("there are no gradients: call forward_backward first")
         return self._norm
 
     def overflowed(self) -> bool:
@@ -155,8 +166,8 @@ class NativeEngine:
         """The loss without gradients. Every rank brings the same number of micro-batches."""
         total = self._count_targets(micro_batches)
         with self._eager():
-            losses = self.stages.infer(self._prepared(micro_batches), output="ce_sum")
-        return self._result(micro_batches, losses, total)
+            values = self._values(self.stages.infer(self._prepared(micro_batches), output="ce_sum"))
+        return self._result(micro_batches, values, self.mesh.sum(self._share(values))[0], total)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:

@@ -108,13 +108,14 @@ class Shards:
         return found + ([Unit("rest", rest, stays=True)] if rest else [])
 
     def _ends(self, stage: int) -> Iterator[Unit]:
-        """Embedding and head, where they are not one."""
+        """Embedding, and head, with the norm before it unless others use that too, where they are not one."""
         if self._one_table(stage):
             return
         if self._embeds(stage):
             yield Unit("embedding", (self._table("embedding.weight"),))
         if self.last(stage):
-            yield Unit("head", (self._table("head.weight"),), stays=True)
+            norm = () if self.model.mtp.heads else tuple(_norm(self.model, "final_norm."))
+            yield Unit("head", (*norm, self._table("head.weight")), stays=True)
 
     def _one_table(self, stage: int) -> bool:
         return self.model.tie_embeddings and self.last(stage)
@@ -134,7 +135,8 @@ class Shards:
         if self.first(stage) and model.position.kind == "learned":
             yield Weight((model.max_seq_len, model.hidden), "position_embedding.weight")
         if self.last(stage):
-            yield from _norm(model, "final_norm.")
+            if self._one_table(stage) or model.mtp.heads:
+                yield from _norm(model, "final_norm.")
             for i in range(model.mtp.heads):
                 yield from _norm(model, f"mtp.{i}.hidden_norm.")
                 yield from _norm(model, f"mtp.{i}.embedding_norm.")

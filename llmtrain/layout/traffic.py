@@ -17,9 +17,6 @@ from llmtrain.layout.schedule import with_communication
 from llmtrain.layout.shards import Shards, Unit
 from llmtrain.layout.steps import Segment
 
-SCALARS = 4
-"""All-reduces of one number over all ranks in a step: targets, loss, gradient norm, and whether a rank was asked to stop."""
-
 
 class Row(NamedTuple):
     """`calls` collectives of one kind over one axis in an optimizer step, for which this rank sends `bytes`."""
@@ -85,7 +82,7 @@ class _Step:
             branch(self.micros * blocks)
         self._pipeline()
         self._gradient_sum()
-        self._add("world", "all_reduce", SCALARS, self.scalar, self.shape.world)
+        self._scalars()
         return [Row(axis, kind, int(calls), size) for (axis, kind), (calls, size) in self._found.items()]
 
     def _add(self, axis: str, kind: str, calls: float, size: float, ranks: int, *, pieces: int = 1) -> None:
@@ -189,9 +186,19 @@ class _Step:
         if self.shape.pp > 1:
             return 1, 1
         again = self.cfg.parallel.reshard_after_forward and not unit.stays
-        # Multi-token prediction embeds in between: after the first of these backward passes FSDP2 takes the embedding to be done.
-        more = self.model.mtp.heads if unit.kind == "embedding" else 0
-        return self.micros * (1 + again + more * (1 + again)), 1 + (more > 0)
+        if unit.kind != "embedding":
+            return self.micros * (1 + again), 1
+        # Its backward pass does not need it. Multi-token prediction embeds in between: after the first of these backward passes FSDP2 takes
+        # it to be done, and gathers it for the others.
+        more = self.model.mtp.heads
+        return self.micros * (1 + more * (1 + again)), 1 + (more > 0)
+
+    def _scalars(self) -> None:
+        """Targets, over ranks that read different samples; loss and gradient norm in one; whether a rank was asked to stop."""
+        for axis in ("dp_replicate", "dp_shard"):
+            self._add(axis, "all_reduce", 1, self.scalar, getattr(self.shape, axis))
+        for numbers in (2, 1):
+            self._add("world", "all_reduce", 1, numbers * self.scalar, self.shape.world)
 
     def _gradient_sum(self) -> None:
         partial = sum(held.elements for held in self.shards.held() if held.partial)

@@ -16,7 +16,7 @@ from llmtrain.parallel.blocks import all_blocks
 def apply_fsdp(
     model: nn.Module, *, mesh: DeviceMesh, precision: PrecisionConfig, reshard_after_forward: bool, expert_mesh: DeviceMesh | None = None
 ) -> None:
-    """Shard every block, embedding and head where they are not one, and then the rest of `model` over `mesh`, in place.
+    """Shard every block, the embedding, the head with the norm before it (unless they are tied), and then the rest of `model`, in place.
 
     Gradients come out as plain sums over ranks, since the loss is already divided by the target count of the whole step. The last
     block, the head and the root stay gathered between forward and backward: they are needed again at once. So does everything on one rank,
@@ -35,8 +35,11 @@ def apply_fsdp(
     if model.head is None or model.embedding is None or model.head.weight is not model.embedding.weight:
         if model.embedding is not None:
             fully_shard(model.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+            model.embedding.set_unshard_in_backward(False)  # the gradient of a lookup does not need the table
         if model.head is not None:
-            fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            # Heads of multi-token prediction call both in turn, which FSDP2 would take for several passes.
+            modules = [model.final_norm, model.head] if getattr(model, "mtp", None) is None else model.head
+            fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

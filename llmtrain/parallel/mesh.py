@@ -1,6 +1,7 @@
 """The process world and its named mesh. Every group is made eagerly, in one order, by all ranks."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -58,14 +59,15 @@ class Mesh:
         """What FSDP2 shards experts over."""
         return self.experts["dp_replicate", "efsdp"] if self.shape.dp_replicate > 1 else self.experts["efsdp"]
 
-    def sum(self, *values: float) -> list[float]:
-        """Each value summed over all ranks, in float64 where the device has it."""
+    def sum(self, *values: float, axes: Sequence[str] | None = None) -> list[float]:
+        """Each value summed over all ranks, or over those that differ from this one along `axes`; in float64 where the device has it."""
         dtype = torch.float32 if self.device.unsupported_dtype(torch.float64) else torch.float64
         tensor = torch.tensor(values, dtype=dtype, device=self.device.torch_device)
-        if self.world > 1:
-            with recorded("all_reduce", "world"):
-                dist.all_reduce(tensor)
-                return tensor.tolist()  # a device waits here
+        for group in [dist.group.WORLD] if axes is None else map(self.group, axes):
+            if group.size() > 1:
+                with recorded("all_reduce", "world" if axes is None else group):
+                    dist.all_reduce(tensor, group=group)
+                    tensor.tolist()  # a device waits here
         return tensor.tolist()
 
     def gather(self, value: object) -> list:

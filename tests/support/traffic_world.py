@@ -66,7 +66,7 @@ def add(found: dict, key: tuple, calls: float, size: float) -> None:
 
 def ranks_of(mesh: world.Mesh) -> dict[str, tuple[int, ...]]:
     """The ranks that this one talks to, by axis."""
-    groups = {axis: mesh.group(axis) for axis in ("pp", "dp_replicate", "cp", "tp")}
+    groups = {axis: mesh.group(axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
     groups |= {"world": dist.group.WORLD, "fsdp": mesh.fsdp.get_group()}
     if mesh.experts is not None:
         groups |= {axis: mesh.experts.get_group(axis) for axis in ("efsdp", "ep")}
