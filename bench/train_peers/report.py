@@ -31,7 +31,7 @@ Times are of whole steps; the ratios are the peer's time over llmtrain's: above 
 def heading(title: str, shape: Shape, *, command: str, threads: int) -> str:
     """Title, date, commit, machine, versions, command, shape."""
     return (
-        f"# {title}\n\n`{command}`, {time.strftime('%Y-%m-%d %H:%M')}, commit {_commit()}. {_machine()}, {threads} threads, "
+        f"# {title}\n\n`{command}`, {time.strftime('%Y-%m-%d %H:%M')}, commit {commit()}. {machine()}, {threads} threads, "
         f"load {os.getloadavg()[0]:.1f} at the end. Python {platform.python_version()}, {_versions()}.\n\n"
         f"Shape: width {shape.dim}, {shape.layers} layers, {shape.heads} heads, feed-forward {shape.ffn}, "
         f"{shape.batch} x {shape.seq} tokens a step, untied.\n\n{ABOUT}\n"
@@ -99,14 +99,17 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Processor, cores, memory."""
     with open("/proc/cpuinfo") as info:
         model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Short hash of the commit, and whether the package differs from it."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
