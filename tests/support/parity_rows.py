@@ -26,6 +26,7 @@ MODELS = {
 }
 """What differs from `sameness.MODEL` (3 layers, 4 heads, 2 key/value heads, sandwich norm, untied), by name."""
 RANKS_1 = "one rank"
+NUDGES = range(5)
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,12 @@ class Row:
 
 
 def references(row: Row) -> dict[str, dict]:
-    """The one-process scenarios of `row`, by name: float64, float32, and float32 with each step's samples in another order."""
+    """The one-process scenarios of `row`, by name: float64, float32, float32 with each step's samples in another order, and float32 from
+    initial weights that are each moved by one unit of rounding."""
     alone = Row({}, row.model, whole=row.whole)
     kinds = {"fp64": ("fp64", {}), "fp32": ("fp32", {}), "control": ("fp32", {"permute": True})}
+    kinds["moved"] = "fp32", {"nudge": True}
+    kinds |= {f"nudged {seed}": ("fp32", {"nudged": seed}) for seed in NUDGES}
     return {f"{row.reference} | {kind}": alone.scenario(precision, **extra) for kind, (precision, extra) in kinds.items()}
 
 

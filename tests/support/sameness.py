@@ -141,11 +141,33 @@ FAULTS = {
 }
 
 
-def train(changes: dict, *, permute: bool = False, whole: bool = False, fault: str | None = None, stop: int | None = None) -> dict:
-    """On this world's mesh: losses of every step, or the first `stop`; gradients (whole, by name) and expert ids by layer of step 1."""
+def nudge(engine, seed: int) -> None:
+    """Move every weight to one of the two numbers next to it: as little as a number can differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in engine.parameters.values():
+            ends = torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, torch.inf, -torch.inf)
+            parameter.copy_(torch.nextafter(parameter, ends))
+
+
+def train(
+    changes: dict,
+    *,
+    permute: bool = False,
+    whole: bool = False,
+    nudged: int | None = None,
+    fault: str | None = None,
+    stop: int | None = None,
+) -> dict:
+    """On this world's mesh: losses of every step, or the first `stop`; gradients (whole, by name) and expert ids by layer of step 1.
+
+    permute: the samples of each step in another order. nudged: seed by which one process's initial weights are moved by a unit of rounding.
+    """
     torch.set_num_threads(1)
     cfg = RunConfig.model_validate(merge(BASE, changes))
     engine = build_engine(cfg)
+    if nudged is not None:
+        nudge(engine, nudged)
     plan, data, mesh = StepPlan.from_config(cfg), Documents(permuted if permute else None, whole=whole), engine.mesh
     losses, compiling, found = [], [], {}
     with FAULTS[fault](engine) if fault else nullcontext():
@@ -169,6 +191,14 @@ def build_engine(cfg: RunConfig):
     mesh = world.start(cfg.parallel, device=device)
     call = Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2)
     return build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=resolve(cfg.kernels, call))
+
+
+@torch.no_grad()
+def move_weights(engine) -> None:
+    """Every weight of a float32 engine by up to one unit in its last place: what rounding inside the layers alone can do to a run."""
+    dice = torch.Generator().manual_seed(1)
+    for parameter in engine.parameters.values():
+        parameter.mul_(1 + (2 * torch.rand(parameter.shape, generator=dice) - 1) * torch.finfo(torch.float32).eps)
 
 
 def first_step(engine, batches: list[Batch]) -> dict:
