@@ -183,19 +183,19 @@ class Verdict:
     choices: int = 0
     single: float = float("nan")
     control: float = float("nan")
-    moved: float = float("nan")
     nudged: float = float("nan")
     error: str | None = None
 
     @classmethod
     def of(cls, row: Row, runs: dict[str, dict | str]) -> "Verdict":
         exact, single = runs[f"{row.name} | fp64"], runs[f"{row.name} | fp32"]
-        alone, alone_32, control, moved = (runs[f"{row.reference} | {kind}"] for kind in ("fp64", "fp32", "control", "moved"))
-        if words := [run for run in (exact, single, alone, alone_32, control, moved) if isinstance(run, str)]:
+        alone, alone_32, control = (runs[f"{row.reference} | {kind}"] for kind in ("fp64", "fp32", "control"))
+        nudges = [runs[f"{row.reference} | nudged {seed}"] for seed in NUDGES]
+        if words := [run for run in (exact, single, alone, alone_32, control, *nudges) if isinstance(run, str)]:
             return cls(row, error=words[0])
         misrouted, choices = routing_difference(exact, alone)
         differences = loss_difference(exact, alone), gradient_difference(exact, alone)
-        nudged = max(loss_difference(runs[f"{row.reference} | nudged {seed}"], alone_32) for seed in NUDGES)
+        nudged = max(loss_difference(run, alone_32) for run in nudges)
         float_32 = loss_difference(single, alone_32), loss_difference(control, alone_32), nudged
         return cls(row, *differences, misrouted, choices, *float_32)
 

@@ -79,7 +79,6 @@ def references(row: Row) -> dict[str, dict]:
     initial weights that are each moved by one unit of rounding."""
     alone = Row({}, row.model, whole=row.whole)
     kinds = {"fp64": ("fp64", {}), "fp32": ("fp32", {}), "control": ("fp32", {"permute": True})}
-    kinds["moved"] = "fp32", {"nudge": True}
     kinds |= {f"nudged {seed}": ("fp32", {"nudged": seed}) for seed in NUDGES}
     return {f"{row.reference} | {kind}": alone.scenario(precision, **extra) for kind, (precision, extra) in kinds.items()}
 

@@ -193,14 +193,6 @@ def build_engine(cfg: RunConfig):
     return build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=resolve(cfg.kernels, call))
 
 
-@torch.no_grad()
-def move_weights(engine) -> None:
-    """Every weight of a float32 engine by up to one unit in its last place: what rounding inside the layers alone can do to a run."""
-    dice = torch.Generator().manual_seed(1)
-    for parameter in engine.parameters.values():
-        parameter.mul_(1 + (2 * torch.rand(parameter.shape, generator=dice) - 1) * torch.finfo(torch.float32).eps)
-
-
 def first_step(engine, batches: list[Batch]) -> dict:
     """Gradients from all ranks, and every rank's target counts."""
     gradients = {name: full(p.grad).double().clone().numpy() for name, p in engine.parameters.items()}
