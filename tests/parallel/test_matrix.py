@@ -26,7 +26,7 @@ def run(off: float = 0.0, *, expert: int = 1) -> dict:
 
 @pytest.fixture
 def runs() -> dict:
-    """All rows as they should be: exact in float64, 2e-7 off in float32, where the control is 1e-7 off, nudged runs 1.5e-7; faults far off."""
+    """All rows as they should be: exact in float64, 2e-7 off in float32, control 1e-7 off, nudged 1.5e-7; faults far off."""
     found = {}
     for row in [*ROWS, *FAULTS.values()]:
         off = {"control": 1e-7, "nudged": 1.5e-7}
