@@ -22,7 +22,7 @@ def outcomes(tmp_path_factory):
                 place |= {"TMPDIR": here / "tmp"} | ({} if case == "one" else {VARIABLE: here / f"machine-{rank}"})
                 fault = {"act": act, "axis": "dp_shard", "rank": 1, "direction": "forward"}
                 runs[case, rank] = Faulty(here, fault, DP, place={name: str(value) for name, value in place.items()})
-        return see_through(runs, seconds=75), folder
+        return see_through(runs, seconds=180), folder
 
 
 @pytest.mark.parametrize("case", ["one", "two"])
