@@ -10,7 +10,7 @@ from pathlib import Path
 SUPPORT = Path(__file__).parent
 
 
-def run_world(target: str, ranks: int, *, args: dict, folder: Path, timeout: float = 240.0) -> object:
+def run_world(target: str, ranks: int, *, args: dict, folder: Path, timeout: float = 600.0) -> object:
     """Call `module:function(**args)` on `ranks` processes; return rank 0's result. A failing rank fails the test with its output."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
