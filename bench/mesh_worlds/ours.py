@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 from train_peers import shape as s
+from train_peers.us import values
 
 from mesh_worlds.cases import Case
 
@@ -13,38 +14,14 @@ def config(case: Case, shape: s.Shape):
     """The run configuration."""
     from llmtrain.config.load import load
 
-    dp = case.axes.get("dp_shard", 1)
-    given = {
-        "device": "cpu",
-        "model": {
-            "vocab_size": shape.vocab,
-            "layers": shape.layers,
-            "hidden": shape.dim,
-            "attention": {"heads": shape.heads},
-            "ffn": {"hidden": shape.ffn},
-            "max_seq_len": shape.seq,
-            "norm": {"eps": 1e-5},
-            "position": {"base": 10_000.0},
-        },
-        "data": {"document_mask": False},
-        "optim": {
-            "lr": s.LR,
-            "betas": list(s.BETAS),
-            "eps": s.EPS,
-            "weight_decay": s.WEIGHT_DECAY,
-            "no_decay": [],
-            "max_grad_norm": s.CLIP,
-        },
-        "train": {
-            "seq_len": shape.seq,
-            "global_batch": shape.batch,
-            "micro_batch": shape.batch // dp // case.micro_batches,
-            "compile": "off",
-            "loss_chunk": shape.tokens,
-        },
-        "parallel": case.options(shape),
+    given = values(shape)
+    given["model"] |= {"norm": {"eps": 1e-5}, "position": {"base": 10_000.0}}
+    given["train"] |= {
+        "micro_batch": shape.batch // case.axes.get("dp_shard", 1) // case.micro_batches,
+        "compile": "off",
+        "loss_chunk": shape.tokens,
     }
-    return load(given, []).run
+    return load(given | {"parallel": case.options(shape)}, []).run
 
 
 class Trainer:

@@ -4,15 +4,13 @@ Requests: {"do": "build", ...}, {"do": "steps", "count": N}, {"do": "record"}, {
 """
 
 import importlib
-import json
 import os
 import resource
-import sys
 import time
-import traceback
 
 import torch
 import torch.distributed as dist
+from train_peers.answering import answer_requests
 from train_peers.shape import Shape
 
 from mesh_worlds.cases import CASES, batches
@@ -77,19 +75,9 @@ class Worker:
 
 def main() -> None:
     """Answer until standard input ends."""
-    # What libraries print must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
     torch.set_num_threads(1)
     worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(worker, request.pop("do"))(**request)
-        except (Exception, SystemExit) as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+    answer_requests(worker)
     worker.close()
 
 

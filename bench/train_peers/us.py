@@ -33,11 +33,9 @@ class Ours:
         self.world.close()
 
 
-def config(shape: s.Shape, *, dtype: str, compiled: bool, overrides: list[str]):
-    """The run configuration of `shape`, with the words of a command line laid over it."""
-    from llmtrain.config.load import load
-
-    given = {
+def values(shape: s.Shape) -> dict:
+    """The configuration that every run of `shape` has, as YAML would give it."""
+    return {
         "device": "cpu",
         "model": {
             "vocab_size": shape.vocab,
@@ -56,14 +54,16 @@ def config(shape: s.Shape, *, dtype: str, compiled: bool, overrides: list[str]):
             "no_decay": [],
             "max_grad_norm": s.CLIP,
         },
-        "train": {
-            "seq_len": shape.seq,
-            "global_batch": shape.batch,
-            "micro_batch": shape.batch,
-            "compile": "on" if compiled else "off",
-        },
-        "precision": dtype,
+        "train": {"seq_len": shape.seq, "global_batch": shape.batch, "micro_batch": shape.batch},
     }
+
+
+def config(shape: s.Shape, *, dtype: str, compiled: bool, overrides: list[str]):
+    """The run configuration of `shape`, with the words of a command line laid over it."""
+    from llmtrain.config.load import load
+
+    given = values(shape) | {"precision": dtype}
+    given["train"]["compile"] = "on" if compiled else "off"
     return load(given, overrides).run
 
 

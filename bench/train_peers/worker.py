@@ -4,16 +4,14 @@ Requests: {"do": "build", ...}, {"do": "steps", "count": N}, {"do": "memory", ..
 """
 
 import importlib
-import json
 import os
 import resource
-import sys
 import time
-import traceback
 
 import torch
 from torch.nn import functional as F
 
+from train_peers.answering import answer_requests
 from train_peers.shape import Shape
 
 IMPORTS = {
@@ -98,19 +96,9 @@ def _status(field: str) -> int:
 
 def main() -> None:
     """Answer until standard input ends."""
-    # What libraries print must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(worker, request.pop("do"))(**request)
-        except (Exception, SystemExit) as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+    answer_requests(worker)
     if hasattr(worker.contender, "close"):
         worker.contender.close()
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.config.run import RunConfig
@@ -21,7 +20,7 @@ from llmtrain.parallel.cp import ContextParallel
 from llmtrain.parallel.fsdp import local_tensor, set_gradient_sync
 from llmtrain.parallel.hang import where
 from llmtrain.parallel.mesh import Mesh
-from llmtrain.parallel.pipeline import Pipeline
+from llmtrain.parallel.pipeline import Pipeline, from_stage
 
 COPY = "embedding.weight, last stage"
 """The name in `Stages.copies` of the last stage's second embedding."""
@@ -41,9 +40,10 @@ def build_stages(cfg: RunConfig, *, mesh: Mesh, device: Device, ops: Ops) -> "St
 
 @dataclass
 class _Sizes:
-    """What hidden states between stages look like."""
+    """What hidden states between stages, and logits, look like."""
 
     hidden: int
+    vocab: int
     tp: int
     dtype: torch.dtype
 
@@ -75,7 +75,7 @@ class Stages:
         self.parameters: dict[str, nn.Parameter] = {}
         self.copies: dict[str, nn.Parameter] = {}
         self.partial: list[str] = []
-        self.sizes = _Sizes(cfg.model.hidden, mesh.shape.tp, torch_dtype(cfg.precision.compute))
+        self.sizes = _Sizes(cfg.model.hidden, cfg.model.vocab_size, mesh.shape.tp, torch_dtype(cfg.precision.compute))
         for (stage, part), names in zip(parts.items(), partial):
             for name, parameter in part.named_parameters():
                 copied = stage > 0 and name == "embedding.weight"
@@ -164,12 +164,7 @@ class Stages:
         logits = found[0] if found else None
         if logits is not None:
             logits = self.cp.join(logits, micro.mask.documents, seq_len) if self.cp is not None else logits[:, :seq_len]
-        return logits if self.plan is None else self._from_last_stage(logits, rows, seq_len)
-
-    def _from_last_stage(self, logits: Tensor | None, rows: int, seq_len: int) -> Tensor:
-        if logits is None:
-            vocab = self.plan.vocab_size
-            logits = torch.empty(rows, seq_len, vocab, dtype=self.sizes.dtype, device=self.pipeline.device)
-        logits = logits.contiguous()
-        dist.broadcast(logits, group=self.mesh.group("pp"), group_src=self.plan.rank_of(self.plan.stages - 1))
-        return logits
+        if self.plan is None:
+            return logits
+        shape, dtype, last = (rows, seq_len, self.sizes.vocab), self.sizes.dtype, self.plan.rank_of(self.plan.stages - 1)
+        return from_stage(logits, shape, dtype, group=self.mesh.group("pp"), source=last, device=self.pipeline.device)

@@ -111,17 +111,22 @@ class MeshShape:
 
     def groups(self, axis: str) -> list[Group]:
         """All groups of one axis of AXES, EXPERT_AXES or FLAT: they part the world, and each is in the order of its ranks."""
-        axes = EXPERT_AXES if axis in ("efsdp", "ep", "etp") else AXES
-        inner = FLAT.get(axis, (axis,))
-        outer = [a for a in axes if a not in inner]
-        found = []
-        for fixed in product(*(range(getattr(self, a)) for a in outer)):
-            here = dict(zip(outer, fixed))
-            members = (here | dict(zip(inner, at)) for at in product(*(range(getattr(self, a)) for a in inner)))
-            found.append(Group(axis, tuple(self.rank(place, axes) for place in members)))
-        return found
+        firsts = (rank for rank in range(self.world) if not any(self.place(rank, _root(axis))[a] for a in FLAT.get(axis, (axis,))))
+        return [self.group(axis, rank) for rank in firsts]
+
+    def group(self, axis: str, rank: int) -> Group:
+        """The group of `axis` that `rank` is in."""
+        axes, inner = _root(axis), FLAT.get(axis, (axis,))
+        place = self.place(rank, axes)
+        members = (place | dict(zip(inner, at)) for at in product(*(range(getattr(self, a)) for a in inner)))
+        return Group(axis, tuple(self.rank(member, axes) for member in members))
 
     def all_groups(self, *, experts: bool) -> list[Group]:
         """Every group in the order in which all ranks make them: axis by axis, those of the experts last and only if there are any."""
         order = [*AXES, *FLAT, *((a for a in EXPERT_AXES if a not in AXES) if experts else ())]
         return [group for axis in order for group in self.groups(axis)]
+
+
+def _root(axis: str) -> tuple[str, ...]:
+    """The axes of the mesh that `axis` belongs to."""
+    return AXES if axis in AXES or axis in FLAT else EXPERT_AXES

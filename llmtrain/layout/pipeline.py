@@ -20,7 +20,6 @@ class PipelinePlan:
     """Blocks of each stage."""
     copies_embedding: bool
     """Whether the last stage holds the token embedding too."""
-    vocab_size: int
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> "PipelinePlan":
@@ -37,7 +36,7 @@ class PipelinePlan:
             ranks=parallel.pp,
             placement=placement_of(kind),
         )
-        return cls(kind, parallel.pp, virtual, layers, model.tie_embeddings or model.mtp.heads > 0, model.vocab_size)
+        return cls(kind, parallel.pp, virtual, layers, model.tie_embeddings or model.mtp.heads > 0)
 
     @property
     def stages(self) -> int:

@@ -100,7 +100,7 @@ def _run_rows(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, wante
             torch.mm(slope, matrix, out=grad_hidden[start : start + chunk])
             grad_hidden[start : start + chunk].masked_fill_(~valid[:, None], 0.0)
         if grad_weight is not None:
-            _add_product(grad_weight, slope.t(), rows.masked_fill(~valid[:, None], 0.0))
+            add_product(grad_weight, slope.t(), rows.masked_fill(~valid[:, None], 0.0))
     return _Result(loss, grad_hidden, grad_weight)
 
 
@@ -118,7 +118,8 @@ def _softmax(logits: Tensor, target: Tensor, high: torch.dtype, slope: bool) -> 
     return losses, probabilities if wide.dtype == logits.dtype else logits.copy_(probabilities)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, which may be of a narrower dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

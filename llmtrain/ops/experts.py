@@ -85,11 +85,12 @@ def unpermute_reference(rows: Tensor, order: Tensor, probs: Tensor) -> Tensor:
 
     Summed in the wider dtype of rows and probs.
     """
-    copies = rows.index_select(0, _inverse(order)).view(*probs.shape, -1)  # [N,k,D]
+    copies = rows.index_select(0, inverse(order)).view(*probs.shape, -1)  # [N,k,D]
     return (copies * probs.unsqueeze(-1)).sum(1).to(rows.dtype)
 
 
-def _inverse(order: Tensor) -> Tensor:
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order` [N]."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
@@ -106,5 +107,5 @@ class _Copies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        back = grad.index_select(0, _inverse(order))
+        back = grad.index_select(0, inverse(order))
         return back.view(-1, ctx.copies, grad.shape[-1]).sum(1), None, None

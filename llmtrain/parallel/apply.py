@@ -51,7 +51,7 @@ def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: C
     names = [name for name, _ in model.named_parameters()]
     shape, parallel, precision = mesh.shape, cfg.parallel, cfg.precision
     if shape.tp > 1:
-        apply_tp(model, mesh.device_mesh["tp"], chunks=parallel.tp_chunks)
+        apply_tp(model, mesh.device_mesh["tp"], chunks=parallel.tp_chunks, implementation=parallel.tp_kind)
     if cp is not None:
         apply_cp(model, cp)
     if mesh.experts is not None:

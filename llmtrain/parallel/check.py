@@ -7,14 +7,16 @@ from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.layout.steps import StepPlan
 from llmtrain.parallel.cp import check_cp
 from llmtrain.parallel.ep import check_ep
+from llmtrain.parallel.ops.implementations import check_implementation
 from llmtrain.parallel.tp import check_tp
 
 
-def check_parallel(cfg: RunConfig, shape: MeshShape, plan: StepPlan) -> None:
-    """Raise UserError, with the arithmetic and the option to change, unless the model and its batches fit the mesh of `shape`."""
+def check_parallel(cfg: RunConfig, shape: MeshShape, plan: StepPlan, *, device: str) -> None:
+    """Raise UserError, with the arithmetic and the option to change, unless model, batches and `device` (cpu, cuda, npu) fit the mesh."""
     plan.check_batches(dp=shape.dp)
     if shape.tp > 1:
         check_tp(cfg.model, shape.tp)
+        check_implementation(cfg.parallel.tp_kind, device)
     if shape.cp > 1:
         check_cp(cfg.model, cfg.parallel.cp_kind, cp=shape.cp, tp=shape.tp)
     if shape.ep > 1 or shape.etp > 1:

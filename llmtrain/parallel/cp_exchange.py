@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.compat import all_gather_rows, reduce_scatter_rows
 from llmtrain.layout.sequence import Partition
 from llmtrain.parallel.hang.where import recorded
+from llmtrain.parallel.ops.pending import start_gather, start_scatter_sum
 
 
 class Order:
@@ -49,10 +49,8 @@ class Order:
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[L, ...] -> [n*L, ...], the ranks' tensors one after the other."""
-    joined = local.new_empty(dist.get_world_size(group) * local.shape[0], *local.shape[1:])
     with recorded("all_gather", group):
-        all_gather_rows(joined, local.contiguous(), group=group)
-    return joined
+        return start_gather(local, group).wait()
 
 
 class _GatherRows(torch.autograd.Function):
@@ -64,11 +62,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        joined = ctx.order.joined(grad)
-        local = joined.new_empty(ctx.order.length, *joined.shape[1:])
         with recorded("reduce_scatter", ctx.group):
-            reduce_scatter_rows(local, joined, group=ctx.group)
-        return local, None, None
+            return start_scatter_sum(ctx.order.joined(grad), ctx.group).wait(), None, None
 
 
 def gather_rows(local: Tensor, order: Order, group: dist.ProcessGroup) -> Tensor:

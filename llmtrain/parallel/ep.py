@@ -12,13 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from llmtrain.compat import all_gather_rows, reduce_scatter_rows
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import UserError
 from llmtrain.model.experts import Dispatched, Experts, RoutedExperts
 from llmtrain.model.moe import MoE
+from llmtrain.ops.experts import inverse
+from llmtrain.parallel.fsdp import local_tensor
+from llmtrain.parallel.ops.pending import start_gather
+from llmtrain.parallel.ops.sequence import gathered_rows, summed_rows
 
 
 class Arriving(NamedTuple):
@@ -71,14 +74,14 @@ class AllToAllDispatcher:
         rows, received = handle.transfer.wait(handle.buffer), handle.received
         held = torch.arange(received.shape[1], device=rows.device).repeat(len(received))
         by_expert = held.repeat_interleave(received.flatten(), output_size=len(rows)).argsort(stable=True)
-        back = _inverse(by_expert)
+        back = inverse(by_expert)
         transfer = handle.transfer
         combine = Return(transfer.arriving, transfer.sent, back, handle.order, handle.probs)
         return Dispatched(_Reorder.apply(rows, by_expert, back), received.sum(0), combine)
 
     def combine_start(self, rows: Tensor, combine: Return) -> tuple["Transfer", Tensor, Return]:
         transfer = Transfer(self.group, combine.arriving, combine.sent)
-        return transfer, transfer.start(_Reorder.apply(rows, combine.back, _inverse(combine.back))), combine
+        return transfer, transfer.start(_Reorder.apply(rows, combine.back, inverse(combine.back))), combine
 
     def combine_wait(self, handle: tuple["Transfer", Tensor, Return]) -> Tensor:
         transfer, buffer, combine = handle
@@ -162,10 +165,6 @@ class _Reorder(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-def _inverse(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-
-
 @dataclass
 class SplitExperts:
     """Routed experts whose width F is split over `group`, the ranks of tp: all of them compute a part of every token's result.
@@ -178,46 +177,8 @@ class SplitExperts:
     group: dist.ProcessGroup
 
     def __call__(self, x: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
-        everyone = (_Gather.apply(x, self.group), _Gather.apply(probs, self.group), _gather(ids, self.group))
-        return _Scatter.apply(self.inner(*everyone), self.group)
-
-
-def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[N,..] -> [N ranks,..], rank by rank."""
-    out = x.new_empty(len(x) * group.size(), *x.shape[1:])
-    all_gather_rows(out, x.contiguous(), group=group)
-    return out
-
-
-def _scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[N ranks,..] -> this rank's [N,..] of the sum over ranks."""
-    out = x.new_empty(len(x) // group.size(), *x.shape[1:])
-    reduce_scatter_rows(out, x.contiguous(), group=group)
-    return out
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _scatter(grad, ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _scatter(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.group), None
+        everyone = gathered_rows(x, self.group), gathered_rows(probs, self.group), start_gather(ids, self.group).wait()
+        return summed_rows(self.inner(*everyone), self.group)
 
 
 def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.ProcessGroup | None = None) -> None:
@@ -281,5 +242,4 @@ def _shard_weights(experts: Experts, mesh: DeviceMesh, axes: list[str]) -> None:
 
 def _local_weights(experts: Experts) -> tuple[Tensor | None, Tensor, Tensor]:
     """As Experts.weights, of this rank's part. Read at every call: FSDP2 swaps the parameters."""
-    stacks = (experts.gate_proj, experts.up_proj, experts.down_proj)
-    return tuple(stack.to_local() if isinstance(stack, DTensor) else stack for stack in stacks)
+    return tuple(map(local_tensor, (experts.gate_proj, experts.up_proj, experts.down_proj)))

@@ -59,6 +59,9 @@ def release_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; a plain tensor itself."""
+def local_tensor(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """This rank's part of a DTensor, differentiably; a plain tensor, or None, itself.
+
+    Read a module's parameters at every call: FSDP2 puts gathered ones in their place.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -46,10 +47,15 @@ class Mesh:
         """This rank's place among the `shape.dp` ranks that read different samples."""
         return self.place("dp_replicate") * self.shape.dp_shard + self.place("dp_shard")
 
-    @property
+    @cached_property
     def dense(self) -> DeviceMesh:
         """The ranks that share the dense parameters of a pipeline stage: dp_replicate x fsdp x tp."""
         return concatenate_meshes(self.device_mesh["dp_replicate"], self.fsdp, self.device_mesh["tp"])
+
+    @cached_property
+    def experts_of_a_stage(self) -> DeviceMesh:
+        """The ranks that share the experts of a pipeline stage."""
+        return self.experts["dp_replicate", "efsdp", "ep", "etp"]
 
     def fsdp_mesh(self) -> DeviceMesh:
         """What FSDP2 shards over: dp_shard x cp, with dp_replicate before it when there are replicas."""

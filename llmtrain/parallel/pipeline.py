@@ -174,6 +174,17 @@ class _Run:
         return dist.batch_isend_irecv([dist.P2POp(op, tensor, group=group, group_peer=peer)])
 
 
+def from_stage(
+    result: Tensor | None, shape: Sequence[int], dtype: torch.dtype, *, group: dist.ProcessGroup, source: int, device: torch.device
+) -> Tensor:
+    """What rank `source` of `group` has as `result`, of this shape, on all its ranks."""
+    result = torch.empty(tuple(shape), dtype=dtype, device=device) if result is None else result.to(dtype).contiguous()
+    if result.numel():
+        with recorded("broadcast", group):
+            dist.broadcast(result, group=group, group_src=source)
+    return result
+
+
 def _wait(works: list) -> None:
     for work in works:
         work.wait()

@@ -1,7 +1,6 @@
 """Parameters in global terms: which part of a logical tensor this rank holds, over all the ranks that share it."""
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from llmtrain.parallel.mesh import Mesh
@@ -15,10 +14,6 @@ def canonical(parameter: Tensor, local: Tensor, mesh: Mesh) -> Tensor:
     if mesh.world == 1:
         return local
     own = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
-    over = _expert_mesh(mesh) if {"ep", "etp", "efsdp"} & set(own) else mesh.dense
+    over = mesh.experts_of_a_stage if {"ep", "etp", "efsdp"} & set(own) else mesh.dense
     placements = [parameter.placements[own.index(axis)] if axis in own else Replicate() for axis in over.mesh_dim_names]
     return DTensor.from_local(local, over, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
-
-
-def _expert_mesh(mesh: Mesh) -> DeviceMesh:
-    return mesh.experts["dp_replicate", "efsdp", "ep", "etp"]

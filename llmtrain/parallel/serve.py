@@ -13,11 +13,13 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.data.batch import NO_TARGET
 from llmtrain.layout.stages import split_layers
 from llmtrain.model.transformer import cut
+from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.hang.where import recorded
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.ops import gather_vocabulary
 from llmtrain.parallel.ops.vocabulary import first_entry
-from llmtrain.parallel.tp import Splitter, check_tp, local_part
+from llmtrain.parallel.pipeline import from_stage
+from llmtrain.parallel.tp import Splitter, check_tp
 
 
 def share(model: nn.Module, mesh: Mesh) -> "SharedModel":
@@ -86,11 +88,7 @@ class SharedModel(nn.Module):
 
     def _from_last(self, result: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         device = next(self.part.parameters()).device
-        result = torch.empty(shape, dtype=dtype, device=device) if result is None else result.to(dtype).contiguous()
-        if result.numel():
-            with recorded("broadcast", self._mesh.group("pp")):
-                dist.broadcast(result, group=self._mesh.group("pp"), group_src=self._mesh.shape.pp - 1)
-        return result
+        return from_stage(result, shape, dtype, group=self._mesh.group("pp"), source=self._mesh.shape.pp - 1, device=device)
 
 
 class _WholeSequence(Splitter):
@@ -104,11 +102,11 @@ class _WholeSequence(Splitter):
         return self._add(attention.out_proj, out.transpose(1, 2).flatten(2))
 
     def run_feed_forward(self, ffn: nn.Module, x: Tensor) -> Tensor:
-        hidden = ffn.activate(*(F.linear(x, local_part(p.weight), local_part(p.bias)) for p in ffn.expanding()))
+        hidden = ffn.activate(*(F.linear(x, local_tensor(p.weight), local_tensor(p.bias)) for p in ffn.expanding()))
         return self._add(ffn.down_proj, hidden)
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
-        weight = local_part(embedding.weight)
+        weight = local_tensor(embedding.weight)
         local = tokens - first_entry(self.vocab_size, self.group)
         elsewhere = (local < 0) | (local >= weight.shape[0])
         return self._sum(F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[..., None], 0.0))
@@ -127,12 +125,12 @@ class _WholeSequence(Splitter):
         return total
 
     def _logits(self, head: nn.Module, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, local_part(head.weight).to(hidden.dtype))
+        logits = F.linear(hidden, local_tensor(head.weight).to(hidden.dtype))
         return gather_vocabulary(logits, vocab_size=self.vocab_size, group=self.group)
 
     def _add(self, proj: nn.Linear, x: Tensor) -> Tensor:
-        out = self._sum(F.linear(x, local_part(proj.weight)))
-        return out if proj.bias is None else out + local_part(proj.bias)
+        out = self._sum(F.linear(x, local_tensor(proj.weight)))
+        return out if proj.bias is None else out + local_tensor(proj.bias)
 
     def _sum(self, partial_sums: Tensor) -> Tensor:
         with recorded("all_reduce", self.group):

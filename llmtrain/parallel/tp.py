@@ -10,13 +10,14 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import UserError
 from llmtrain.model.attention import Attention
 from llmtrain.model.ffn import GELU, SwiGLU
 from llmtrain.model.head import Head
+from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.ops import (
     all_gather_matmul,
     gather_vocabulary,
@@ -129,7 +130,7 @@ class Splitter:
     def attention_weights(self, attention: Attention, kv_rows: slice | None) -> tuple[list[Tensor], list[Tensor | None]]:
         """This rank's weights and biases of queries, keys and values."""
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weights, biases = ([local_part(getattr(proj, part)) for proj in projections] for part in ("weight", "bias"))
+        weights, biases = ([local_tensor(getattr(proj, part)) for proj in projections] for part in ("weight", "bias"))
         if kv_rows is not None:
             weights[1:] = [weight[kv_rows] for weight in weights[1:]]
             biases[1:] = [None if bias is None else bias[kv_rows] for bias in biases[1:]]
@@ -149,18 +150,19 @@ class Splitter:
 
     def run_feed_forward(self, ffn: nn.Module, x: Tensor) -> Tensor:
         """[B,S/t,D] -> [B,S/t,D]; in between the order of positions does not matter."""
-        weights, biases = ([local_part(getattr(proj, part)) for proj in ffn.expanding()] for part in ("weight", "bias"))
+        weights, biases = ([local_tensor(getattr(proj, part)) for proj in ffn.expanding()] for part in ("weight", "bias"))
         hidden = ffn.activate(*all_gather_matmul(x, weights, biases, ordered=False, **self.fused))
         return self._back(ffn.down_proj, hidden, batch=x.shape[0])
 
     def _back(self, proj: nn.Linear, x: Tensor, **order: int) -> Tensor:
         """A projection split by rows; its bias is added once, after the sum."""
-        out = matmul_reduce_scatter(x, local_part(proj.weight), **order, **self.fused)
-        return out if proj.bias is None else out + local_part(proj.bias)
+        out = matmul_reduce_scatter(x, local_tensor(proj.weight), **order, **self.fused)
+        return out if proj.bias is None else out + local_tensor(proj.bias)
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
         """Tokens [B,S] -> [B,S/t,D]."""
-        return vocab_embedding(tokens, local_part(embedding.weight), vocab_size=self.vocab_size, group=self.group)
+        embedded = vocab_embedding(tokens, local_tensor(embedding.weight), vocab_size=self.vocab_size, group=self.group)
+        return embedded.clone()  # no view, of which FSDP2 warns
 
     def embed_positions(self, whole, positions: Tensor) -> Tensor:
         """Positions [B or 1,S] -> their learned vectors [B or 1,S/t,D]."""
@@ -168,16 +170,11 @@ class Splitter:
 
     def head(self, head: Head, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """hidden [B,S/t,D] -> logits [B,S,V]; with targets [B,S] the summed cross-entropy, the same on every rank."""
-        weight = local_part(head.weight)
+        weight = local_tensor(head.weight)
         if targets is not None:
             return vocab_cross_entropy(hidden, weight, targets, vocab_size=self.vocab_size, group=self.group, chunk=head.loss_chunk)
         (logits,) = all_gather_matmul(hidden, [weight.to(hidden.dtype)], **self.fused)
         return gather_vocabulary(logits, vocab_size=self.vocab_size, group=self.group)
-
-
-def local_part(tensor: Tensor | None) -> Tensor | None:
-    """This rank's part, differentiably. Read at every call: what shards the model further puts other tensors in the modules."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _refuse(model: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -18,7 +18,7 @@ from llmtrain.config.run import RunConfig
 from llmtrain.device import select
 from llmtrain.engine.stages import build_stages
 from llmtrain.hardware.cores import allowed_cpus
-from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, Group, MeshShape
+from llmtrain.layout.mesh import AXES, Group, MeshShape
 from llmtrain.layout.shards import Shards
 from llmtrain.ops import resolve
 from llmtrain.parallel.fsdp import local_tensor
@@ -108,16 +108,9 @@ def _check_own_groups(mesh: Mesh) -> None:
     if mesh.experts is not None:
         groups |= {axis: mesh.experts.get_group(axis) for axis in ("efsdp", "ep", "etp")}
     for axis, group in groups.items():
-        mine = group_of(mesh.shape, axis, mesh.rank)
+        mine = mesh.shape.group(axis, mesh.rank).ranks
         if tuple(dist.get_process_group_ranks(group)) != mine:
             raise RuntimeError(f"rank {mesh.rank}: the mesh made another group of axis {axis} than {mine}")
-
-
-def group_of(shape: MeshShape, axis: str, rank: int) -> tuple[int, ...]:
-    """The ranks of the group of `axis` that `rank` is in, in order."""
-    axes = EXPERT_AXES if axis in EXPERT_AXES and axis not in AXES else AXES
-    place, inner = shape.place(rank, axes), FLAT.get(axis, (axis,))
-    return tuple(shape.rank(place | dict(zip(inner, at)), axes) for at in product(*(range(getattr(shape, a)) for a in inner)))
 
 
 def _check_sizes(cfg: RunConfig, shape: MeshShape, rank: int, built: dict[str, int]) -> None:

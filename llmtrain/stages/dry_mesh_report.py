@@ -12,7 +12,7 @@ from llmtrain.layout.schedule import bubble
 from llmtrain.layout.stages import costs
 from llmtrain.layout.steps import Segment, StepPlan
 from llmtrain.layout.traffic import Row, traffic
-from llmtrain.stages.dry_mesh import Role, build_roles, check_groups, group_of
+from llmtrain.stages.dry_mesh import Role, build_roles, check_groups
 
 GIB = 2**30
 SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
@@ -61,7 +61,7 @@ def dry_mesh(cfg: RunConfig, plan: StepPlan, shape: MeshShape) -> None:
 def _print_groups(shape: MeshShape) -> None:
     print(f"  {'axis':14}{'groups':>8}{'ranks each':>12}  the group of rank 0")
     for axis, groups in check_groups(shape, experts=shape.ep > 1 or shape.etp > 1).items():
-        print(f"  {axis:14}{len(groups):>8,}{len(groups[0].ranks):>12,}  {_shortened(group_of(shape, axis, 0))}")
+        print(f"  {axis:14}{len(groups):>8,}{len(groups[0].ranks):>12,}  {_shortened(shape.group(axis, 0).ranks)}")
     print(f"  every axis parts the {shape.world:,} ranks, and all of them make their groups in this order")
 
 

@@ -20,12 +20,13 @@ def miniature(model: ModelConfig) -> ModelConfig:
 
 def dry_run(cfg: RunConfig) -> int:
     """Print the plan, the parameters and the memory of `cfg` and try a step of its miniature. Returns the exit code."""
+    from llmtrain.device import select
     from llmtrain.parallel.check import check_parallel
     from llmtrain.stages.pretrain import with_vocabulary
 
     cfg = with_vocabulary(cfg)
     plan, shape = StepPlan.from_config(cfg), MeshShape.from_config(cfg.parallel)
-    check_parallel(cfg, shape, plan)
+    check_parallel(cfg, shape, plan, device=select(cfg.device).kind)
     print(f"plan: {plan.steps:,} steps, {plan.tokens:,} tokens, {len(plan.phases)} phase(s); mesh: {shape.describe()}")
     for phase in plan.phases:
         print(f"  {phase.name}: {phase.steps:,} steps x {phase.seq_len:,} tokens, RoPE base {phase.rope_base:g}, peak lr {phase.peak_lr:g}")

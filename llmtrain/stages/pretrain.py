@@ -41,10 +41,10 @@ def preflight(cfg: RunConfig) -> int:
     from llmtrain.stages.session import ranks_wanted
     from llmtrain.train.stopping import StopRequest
 
-    select(cfg.device)  # refuses a device that is not usable here
+    device = select(cfg.device)  # refuses a device that is not usable here
     check_family(cfg.model.family)
     ranks = ranks_wanted(cfg)
-    check_parallel(with_vocabulary(cfg), MeshShape.from_config(cfg.parallel, world=ranks), plan)
+    check_parallel(with_vocabulary(cfg), MeshShape.from_config(cfg.parallel, world=ranks), plan, device=device.kind)
     with StopRequest(cfg.guards):  # refuses a deadline that has passed
         return ranks
 
@@ -68,7 +68,7 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
     cfg = with_vocabulary(cfg)
     plan = StepPlan.from_config(cfg)
     with StopRequest(cfg.guards) as stop, session(cfg) as s:
-        check_parallel(cfg, s.mesh.shape, plan)
+        check_parallel(cfg, s.mesh.shape, plan, device=s.device.kind)
         if s.mesh.rank == 0:
             s.introduce()
         stop.folder = s.folder.path

@@ -220,6 +220,11 @@ WRONG = {
     "too few positions": (("--model.position.kind", "learned", "--model.max_seq_len", "32"), "exceed model.max_seq_len 32"),
     "axis that does not fit": (("--parallel.tp", "3"), "parallel.tp 3 does not divide model.attention.heads"),
     "pipeline that does not fit": (("--parallel.pp", "2", "--parallel.layers_per_stage", "[1, 5]"), "parallel.layers_per_stage"),
+    "virtual stages without a pipeline": (("--parallel.virtual_stages", "2"), "needs a pipeline: set parallel.pp"),
+    "tp_kind of cuda": (
+        ("--parallel.tp", "2", "--parallel.tp_kind", "symm_mem"),
+        "parallel.tp_kind symm_mem: symmetric memory",
+    ),
     "experts that are not there": (("--parallel.ep", "2"), "model.ffn.kind dense has none"),
     "deadline": (("--guards.deadline", "2020-01-01T00:00:00"), "guards.deadline 2020-01-01T00:00:00"),
     "no length": (("--train.steps", "null"), "set train.steps, train.tokens or train.phases"),

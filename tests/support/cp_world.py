@@ -17,6 +17,7 @@ from llmtrain.ops import Call, Mask, resolve
 from llmtrain.ops.attention import attention_reference
 from llmtrain.parallel import cp_exchange, cp_ring
 from llmtrain.parallel.cp import ContextParallel, apply_cp
+from llmtrain.parallel.ops.pending import Pending
 from llmtrain.parallel.recompute import apply_recompute
 
 SIZES = {"heads": 4, "kv_heads": 2, "d": 8, "dv": 8}
@@ -116,10 +117,10 @@ def own_gradient_alone():
 def scatter_without_sum():
     """Every rank keeps its own gradient of its own keys."""
 
-    def keep(out, joined, *, group):
-        out.copy_(joined.chunk(dist.get_world_size(group))[dist.get_rank(group)])
+    def keep(joined, group):
+        return Pending(joined.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone())
 
-    return mock.patch.object(cp_exchange, "reduce_scatter_rows", keep)
+    return mock.patch.object(cp_exchange, "start_scatter_sum", keep)
 
 
 FAULTS = {"merge": merge_without_lse, "passing": own_gradient_alone, "scatter": scatter_without_sum}

@@ -128,7 +128,7 @@ def no_merge(engine):
 
 def no_order(engine):
     """Results return from the experts in the experts' order, not in the one in which their tokens came."""
-    return replaced(ep, "_inverse", lambda order: torch.arange(len(order)))
+    return replaced(ep, "inverse", lambda order: torch.arange(len(order)))
 
 
 FAULTS = {

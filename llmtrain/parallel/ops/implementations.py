@@ -118,6 +118,6 @@ IMPLEMENTATIONS: dict[str, type[Chunked]] = {"chunked": Chunked, "symm_mem": Sym
 def check_implementation(name: str, device: str) -> None:
     """Raise UserError unless there is an implementation of this name that devices of this kind can use."""
     if name not in IMPLEMENTATIONS:
-        raise UserError(f"tensor parallelism by {name!r}: allowed are {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(f"parallel.tp_kind {name}: allowed are {', '.join(IMPLEMENTATIONS)}")
     if reason := IMPLEMENTATIONS[name].unavailable(device):
-        raise UserError(f"tensor parallelism by {name!r}: {reason}; use 'chunked'")
+        raise UserError(f"parallel.tp_kind {name}: {reason}; use chunked")

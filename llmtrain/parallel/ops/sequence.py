@@ -15,7 +15,7 @@ from llmtrain.parallel.ops.pieces import Pieces
 def all_gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B,S/t,D] on each of the t ranks of `group` -> [B,S,D] on all; backward, the ranks' gradients are partial sums and are added."""
     pieces = Pieces(batch=x.shape[0], length=x.shape[1], ranks=group.size(), chunks=1)
-    return pieces.to_sequence(_Gather.apply(pieces.local_rows(x), group))
+    return pieces.to_sequence(gathered_rows(pieces.local_rows(x), group))
 
 
 def reduce_scatter_sequence(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -24,7 +24,7 @@ def reduce_scatter_sequence(partial: Tensor, group: dist.ProcessGroup) -> Tensor
     Raises UserError if t does not divide S.
     """
     pieces = Pieces(batch=partial.shape[0], length=local_length(partial.shape[1], group), ranks=group.size(), chunks=1)
-    return pieces.from_local_rows(_ScatterSum.apply(pieces.whole_rows(partial), group))
+    return pieces.from_local_rows(summed_rows(pieces.whole_rows(partial), group))
 
 
 def local_length(length: int, group: dist.ProcessGroup) -> int:
@@ -34,6 +34,16 @@ def local_length(length: int, group: dist.ProcessGroup) -> int:
             f"a sequence of {length} tokens cannot be shared by parallel.tp {group.size()}; change train.seq_len or parallel.tp"
         )
     return length // group.size()
+
+
+def gathered_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n,...] on each of the t ranks -> [t*n,...] on all, rank by rank; backward, the gradients are partial sums and are added."""
+    return _Gather.apply(rows, group)
+
+
+def summed_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[t*n,...], of which each rank has a summand -> this rank's [n,...] of the sum; backward, the gradients are gathered."""
+    return _ScatterSum.apply(rows, group)
 
 
 class _Gather(torch.autograd.Function):

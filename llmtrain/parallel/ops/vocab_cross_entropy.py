@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.ops.cross_entropy import IGNORE
+from llmtrain.ops.cross_entropy import IGNORE, add_product
 from llmtrain.parallel.ops.pending import Pending, start_gather, start_scatter_sum
 from llmtrain.parallel.ops.vocabulary import first_entry
 
@@ -98,7 +98,7 @@ class _Loss:
                 if len(sent) > 1:
                     sent.pop(0)[0].wait()
             if grad_weight is not None:
-                _add_product(grad_weight, slope.t(), rows)
+                add_product(grad_weight, slope.t(), rows)
         for pending, _ in sent:
             pending.wait()
         return _Result(loss, grad_hidden, grad_weight)
@@ -125,10 +125,3 @@ class _Loss:
         probabilities.scatter_add_(1, place, -own[:, None].to(high))
         probabilities.masked_fill_(~valid[:, None], 0.0)
         return losses, probabilities if wide.dtype == logits.dtype else logits.copy_(probabilities)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
