@@ -67,6 +67,12 @@ def concatenate_meshes(*meshes: Any) -> Any:
     return DeviceMesh._concatenate(list(meshes))
 
 
+def forget_groups(*meshes: Any) -> None:
+    """Let go of the process groups that DeviceMeshes made whole (`init_device_mesh`) hold. DTensor keeps such meshes in caches for ever."""
+    for mesh in meshes:
+        mesh._pg_registry.clear()
+
+
 def reduce_fsdp_gradients(module: nn.Module) -> None:
     """Reduce the gradients that the FSDP2 module `module` has accumulated over several backward passes without a reduction, and reshard it.
 

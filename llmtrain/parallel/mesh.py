@@ -1,5 +1,7 @@
 """The process world and its named mesh. Every group is made eagerly, in one order, by all ranks."""
 
+import atexit
+import gc
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llmtrain.compat import concatenate_meshes, flatten_mesh
+from llmtrain.compat import concatenate_meshes, flatten_mesh, forget_groups
 from llmtrain.config.train import ParallelConfig
 from llmtrain.device.base import Device
 from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
@@ -103,10 +105,12 @@ def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
             dist.init_process_group(**options)
         else:
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(gc.collect)  # of the groups: a thread of gloo that lets go of its last tensor while Python ends kills the process
     return Mesh(MeshShape.from_config(cfg, world=dist.get_world_size()), device=device)
 
 
-def stop() -> None:
-    """Leave the world."""
+def stop(mesh: Mesh) -> None:
+    """Leave the world. Its groups, and threads of gloo, end with the last object that holds them, at the latest when the process ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    forget_groups(*filter(None, [mesh.device_mesh, mesh.experts]))

@@ -80,4 +80,4 @@ def _one_step(cfg: RunConfig) -> float:
         engine.apply(lr=cfg.optim.lr)
         return result.loss
     finally:
-        world.stop()
+        world.stop(mesh)

@@ -115,4 +115,4 @@ def session(cfg: RunConfig) -> Iterator[Session]:
             finally:
                 console.close()
     finally:
-        world.stop()
+        world.stop(mesh)

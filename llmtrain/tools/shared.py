@@ -61,4 +61,4 @@ def shared_mesh(options: argparse.Namespace) -> Iterator:
             yield mesh
             mesh.meet()
     finally:
-        world.stop()
+        world.stop(mesh)

@@ -30,8 +30,9 @@ ENGINES = ("native", "table")
 
 @pytest.fixture
 def mesh():
-    yield world.start(RunConfig().parallel, device=select("cpu"))
-    world.stop()
+    mesh = world.start(RunConfig().parallel, device=select("cpu"))
+    yield mesh
+    world.stop(mesh)
 
 
 def configure(tmp_path, **changes) -> RunConfig:

@@ -146,8 +146,8 @@ def main(held):
         found = {"words": words, "tasks": tasks, "threads": torch.get_num_threads()}
     found["after"] = sorted(os.sched_getaffinity(0))
     json.dump(found, open(f"{sys.argv[1]}/rank-{mesh.rank}.json", "w"))
-    mesh.sum(1.0)
-    world.stop()
+    mesh.meet()
+    world.stop(mesh)
 
 held = threading.Event()
 main(held)

@@ -141,8 +141,10 @@ def run_one_world(ranks: int, wanted: dict[str, dict], progress: "Progress") -> 
 
         worker = threading.Thread(target=work)
         worker.start()
-        while worker.is_alive():
+        running = True
+        while running:
             worker.join(0.5)
+            running = worker.is_alive()  # before the look at what is done: nothing comes after the last one
             for path in sorted(done.glob("*.pkl"), key=lambda p: int(p.stem)):
                 name, found[name] = pickle.loads(path.read_bytes())
                 path.unlink()

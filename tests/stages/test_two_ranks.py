@@ -102,6 +102,29 @@ def test_one_rank_gives_the_same_losses(lab, straight):
     assert close([v["loss"] for v in one.lines("validation")], [v["loss"] for v in straight.lines("validation")], 1e-5)
 
 
+COUNT_AT_EXIT = """
+import atexit, os
+from pathlib import Path
+
+
+def count():
+    names = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+    Path(os.environ["COUNTS"], os.environ["RANK"]).write_text(str(sum("gloo" in name for name in names)))
+
+
+"RANK" in os.environ and atexit.register(count)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
+def test_no_thread_of_gloo_is_left_when_python_ends(lab, tmp_path):
+    """One that lets go of a tensor while Python ends kills the process: exit code 134 after a run that had done all its work."""
+    (tmp_path / "sitecustomize.py").write_text(COUNT_AT_EXIT)
+    env = {"COUNTS": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(tmp_path), lab.env["PYTHONPATH"]])}
+    lab.train("threads", "--train.steps", "2", config="two.yaml", env=env)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0", "0"]
+
+
 # --- kills, signals -------------------------------------------------------------------------------------------------------------------
 
 

@@ -49,3 +49,5 @@ if __name__ == "__main__":
     value = getattr(importlib.import_module(module), function)(**pickle.loads(Path(sys.argv[2]).read_bytes()))
     if os.environ["RANK"] == "0":
         Path(sys.argv[3]).write_bytes(pickle.dumps(value))
+    sys.stdout.flush()
+    os._exit(0)  # targets leave their groups as they are, and a thread of gloo may not outlive Python's own end
