@@ -30,6 +30,9 @@ VERBS = {
     "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokenised files"),
     "config": Verb("llmtrain.tools.config", "show, compare and explain configurations; list the published models"),
     "kernels": Verb("llmtrain.tools.kernels", "which implementation each op uses on this machine, and why"),
+    "compare": Verb("llmtrain.tools.compare.verb", "one step on two devices, kernels or engines, layer by layer: where the numbers part"),
+    "doctor": Verb("llmtrain.tools.doctor.command", "check this machine: versions that fit, drivers, packages, collectives, memory, links"),
+    "launch": Verb("llmtrain.tools.jobs.verb", "write the job file that starts a run on a cluster: torchrun, Slurm, Kubernetes"),
     "report": Verb("llmtrain.tools.report", "write report.md of a run folder"),
 }
 
@@ -84,9 +87,26 @@ def _run(name: str, argv: list[str]) -> int:
         return DONE
     except Exception as error:
         if os.environ.get("LLMTRAIN_TRACEBACK", "0") != "0" or not is_user_error(error):
+            _explain_after(error)
             raise
         print(f"llmtrain: {_words(error)}", file=sys.stderr)
         return USER_ERROR
+
+
+def _explain_after(error: Exception) -> None:
+    """Have what is known of `error` printed below its traceback, should nobody catch it."""
+    from llmtrain.hardware.messages import explain_error
+
+    text, show = explain_error(error), sys.excepthook
+    if text is None:
+        return
+
+    def hook(kind: type, value: BaseException, trace: object) -> None:
+        show(kind, value, trace)
+        if value is error:
+            print(f"\n{text}", file=sys.stderr, flush=True)
+
+    sys.excepthook = hook
 
 
 def is_user_error(error: Exception) -> bool:
