@@ -1,0 +1,213 @@
+"""aten's NPU kernels carried out by the CPU's, on the same bytes: a stand-in's device memory is host memory.
+
+Only ops for which torch_npu itself has a kernel are replaced; the rest takes the way it takes on hardware, torch_npu's fall back to the CPU.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEEP = {
+    "set_",
+    "resize_",
+    "resize_as_",
+    "record_stream",
+    "is_pinned",
+    "_pin_memory",
+    "pin_memory",
+    "_has_compatible_shallow_copy_type",
+    "item",
+}
+"""torch_npu's own kernels that only handle memory: they work as they are. So do `empty*` and views."""
+CPU = torch.device("cpu")
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A CPU tensor over the same bytes as an NPU tensor, which must outlive it."""
+    if tensor.device.type != "npu":
+        return tensor
+    storage = tensor.untyped_storage()
+    if storage.nbytes() == 0:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    bytes_ = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), CPU, storage.nbytes())
+    alias = torch.empty(0, dtype=tensor.dtype).set_(bytes_, tensor.storage_offset(), tensor.shape, tensor.stride())
+    alias = alias.conj() if tensor.is_conj() else alias
+    return alias._neg_view() if tensor.is_neg() else alias
+
+
+def on_npu(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on the NPU."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if tensor.numel():
+        on_cpu(copy).copy_(tensor)
+    return copy
+
+
+class Bridge:
+    """Arguments of one call on their way to the CPU, and results on their way back."""
+
+    def __init__(self):
+        self.tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        """id of the CPU tensor -> (CPU tensor, NPU tensor); holding both keeps the ids their own."""
+        self.device: torch.device | None = None
+
+    def there(self, value: Any) -> Any:
+        """`value` with CPU tensors (over the same bytes) for NPU tensors, and the CPU for an NPU."""
+        if isinstance(value, Tensor):
+            if value.device.type != "npu":
+                return value
+            self.device = self.device or value.device
+            alias = on_cpu(value)
+            self.tensors[id(alias)] = (alias, value)
+            return alias
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.there(item) for item in value])
+        if isinstance(value, torch.device) and value.type == "npu":
+            self.device = torch.device("npu", torch.npu.current_device() if value.index is None else value.index)
+            return CPU
+        return value
+
+    def back(self, value: Any) -> Any:
+        """`value` with NPU tensors: those that came in, and copies of new ones."""
+        if isinstance(value, Tensor):
+            return self.tensors[id(value)][1] if id(value) in self.tensors else on_npu(value, self.device or current())
+        if isinstance(value, (list, tuple)):
+            return type(value)([self.back(item) for item in value])
+        return value
+
+    def keep_resized(self) -> None:
+        """Bring results home that a kernel wrote into a tensor which it had to make larger first."""
+        for alias, tensor in self.tensors.values():
+            if alias.shape != tensor.shape:
+                tensor.resize_(alias.shape)
+                on_cpu(tensor).copy_(alias)
+
+
+def current() -> torch.device:
+    """The current NPU."""
+    return torch.device("npu", torch.npu.current_device())
+
+
+def carried_out(function: Callable, *, generator: int | None = None) -> Callable:
+    """`function` of CPU tensors as a kernel for NPU tensors. generator: place of the argument of that name."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        bridge = Bridge()
+        args = [bridge.there(value) for value in args]
+        kwargs = {name: bridge.there(value) for name, value in kwargs.items()}
+        if generator is not None and len(args) <= generator:
+            kwargs["generator"] = _generator(kwargs.get("generator"), bridge.device or current())
+        result = function(*args, **kwargs)
+        bridge.keep_resized()
+        return bridge.back(result)
+
+    return kernel
+
+
+_streams: dict[int, torch.Generator] = {}
+
+
+def _generator(given: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """A CPU generator that follows an NPU generator: equal seed and offset give equal numbers.
+
+    Every call moves the NPU generator on by 4, as its own kernels do, and is drawn from (seed, offset) alone: a restored state draws again.
+    """
+    if given is not None and given.device.type == "cpu":
+        return given
+    given = given or torch.npu.default_generators[device.index or 0]
+    offset = given.get_offset()
+    given.set_offset(offset + 4)
+    stream = _streams.setdefault(device.index or 0, torch.Generator())
+    return stream.manual_seed((given.initial_seed() * 1_000_003 + offset) % 2**63)
+
+
+def _matmul_backward(grad: Tensor, a: Tensor, b: Tensor, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+    if a.dim() == 1 or b.dim() == 1:
+        raise NotImplementedError("matmul_backward of a vector is not in the stand-in: tests/npu/support/npu_kernels.py")
+    return (
+        (grad @ b.transpose(-1, -2)).sum_to_size(a.shape) if wanted[0] else None,
+        (a.transpose(-1, -2) @ grad).sum_to_size(b.shape) if wanted[1] else None,
+    )
+
+
+def _linear_backward(x: Tensor, grad: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    rows = grad.reshape(-1, grad.shape[-1])
+    return (
+        grad @ weight if wanted[0] else None,
+        rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None,
+        rows.sum(0) if wanted[2] else None,
+    )
+
+
+def _tensors(function: Callable) -> Callable:
+    """`function` with empty tensors for gradients that nobody wants, as op schemas that promise tensors need."""
+    return lambda *args: tuple(torch.empty(0) if out is None else out.contiguous() for out in function(*args))
+
+
+MISSING = {"matmul_backward": _tensors(_matmul_backward), "linear_backward": _tensors(_linear_backward)}
+"""Ops that torch has for accelerators alone."""
+
+
+def _attention(q, k, v, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False):
+    """Formula of scaled_dot_product_attention in differentiable ops: torch_npu's own goes to a fused kernel below autograd."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return torch.matmul(torch.nn.functional.dropout(torch.softmax(scores, -1), dropout), v)
+
+
+_library: list[torch.library.Library] = []
+
+
+def install() -> int:
+    """Replace aten's NPU kernels in this process; returns how many."""
+    library = torch.library.Library("aten", "IMPL")
+    _library.append(library)
+    count = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # every one says that it replaces a kernel
+        for schema in torch._C._jit_get_all_schemas():
+            if _replaced(schema):
+                library.impl(full_name(schema).removeprefix("aten::"), _kernel(schema), "PrivateUse1", allow_override=True)
+                count += 1
+        for key in ("PrivateUse1", "AutogradPrivateUse1"):
+            library.impl("scaled_dot_product_attention", _attention, key, allow_override=True)
+    return count
+
+
+def _replaced(schema: Any) -> bool:
+    base = schema.name.removeprefix("aten::")
+    view = any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
+    if not schema.name.startswith("aten::") or view or base in KEEP or base.startswith(("empty", "new_empty", "_npu", "npu_")):
+        return False
+    return has_npu_kernel(full_name(schema))
+
+
+def has_npu_kernel(name: str) -> bool:
+    """Whether `aten::name.overload` has a kernel of its own for NPUs, by the dispatcher of this process."""
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, "PrivateUse1")
+    except RuntimeError:  # a schema of TorchScript's interpreter, which the dispatcher does not know
+        return False
+
+
+def full_name(schema: Any) -> str:
+    """`namespace::name.overload`, as the dispatcher wants it."""
+    return f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+
+
+def _kernel(schema: Any) -> Callable:
+    base = schema.name.removeprefix("aten::")
+    if base in MISSING:
+        return carried_out(MISSING[base])
+    names = [argument.name for argument in schema.arguments]
+    op = getattr(getattr(torch.ops.aten, base), schema.overload_name or "default")
+    return carried_out(op, generator=names.index("generator") if "generator" in names else None)
