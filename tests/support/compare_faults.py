@@ -29,9 +29,9 @@ class WrongGradient(torch.autograd.Function):
         return gradient * 1.01
 
 
-def wrong_scale(fault):
+def wrong_scale(fault, by=1.02):
     def attention(q, k, v, *, mask, scale=None, **more):
-        scale = q.shape[-1] ** -0.5 * (1.02 if fault() else 1.0)
+        scale = q.shape[-1] ** -0.5 * (by if fault() else 1.0)
         return attention_reference(q, k, v, mask=mask, scale=scale, **more)
 
     return attention

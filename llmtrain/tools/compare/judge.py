@@ -96,12 +96,14 @@ def compare(a: Trace, b: Trace) -> Comparison:
 def bound(point: Point, compute: str) -> float:
     """How far `point` may be from float64: FACTOR times the control run, or times a unit of rounding of its own format if that is more.
 
-    A single number may be right by luck in the control run, so it may also be off by a unit of the compute format. Weights are exact.
+    A single number may be right by luck in the control run, so it may also be off by a unit of the compute format, or FACTOR of those of
+    fp32, in which it was summed. Weights are exact.
     """
     if point.phase == WEIGHTS:
         return 0.0
     least = FACTOR * max(point.control or 0.0, ROUNDING.get(point.dtype, 0.0))
-    return least if point.shape else max(least, ROUNDING[compute])
+    unit = ROUNDING[compute]
+    return least if point.shape else max(least, unit, FACTOR * min(unit, ROUNDING["fp32"]))
 
 
 def _row(a: Point, b: Point, *, least: dict, referenced: bool, units: float, traces: tuple[Trace, Trace]) -> Row:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def read_side(source: Path, overrides: list[str], words: str, *, step: int | Non
     Raises:
         UserError: ConfigError for a wrong option, and what the data or the step do not allow.
     """
-    given = [*overrides, *(word if word.startswith("--") else f"--{word}" for word in words.split())]
+    given = [*overrides, *_options(words)]
     at = 0
     if source.is_dir():
         given, at = _with_checkpoint(source, given)
@@ -157,6 +158,15 @@ def _models(engine: Engine) -> list[nn.Module]:
         return list(engine.stages.parts.values())
     model = getattr(engine, "model", None) or getattr(engine, "module", None)
     return [model] if isinstance(model, nn.Module) else []
+
+
+def _options(words: str) -> list[str]:
+    """The words of one side as overrides; the dashes before `section.key=value` may be left out."""
+    found: list[str] = []
+    for word in shlex.split(words):
+        is_value = bool(found) and found[-1].startswith("--") and "=" not in found[-1]
+        found.append(word if word.startswith("--") or is_value or "=" not in word else f"--{word}")
+    return found
 
 
 def _with_checkpoint(folder: Path, given: list[str]) -> tuple[list[str], int]:

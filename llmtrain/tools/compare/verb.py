@@ -1,6 +1,7 @@
 """`llmtrain compare`: the words after the verb."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def _record(words: list[str]) -> int:
     options, overrides = parser.parse_known_args(words)
     from llmtrain.tools.compare.side import read_side
 
-    side = read_side(options.config, overrides, " ".join(overrides), step=options.step, rows=options.rows)
+    side = read_side(options.config, [], shlex.join(overrides), step=options.step, rows=options.rows)
     (trace,) = _run([side], options)
     trace.save(options.out)
     _say(f"{options.out}: {len(trace.points):,} places, {options.out.stat().st_size / 2**20:.1f} MiB, loss {trace.meta['loss']:.6f}")

@@ -20,7 +20,7 @@ model:
   ffn: {hidden: 48}
   norm: {placement: depth_scaled_sandwich}
   init: {kind: tiny}
-train: {steps: 4, seq_len: 48, global_batch: 8, micro_batch: 3}
+train: {steps: 4, seq_len: 48, global_batch: 9, micro_batch: 3}
 """
 MOE = """
 extends: dense.yaml
