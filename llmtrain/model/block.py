@@ -34,11 +34,9 @@ class Block(nn.Module):
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """x [B,S,D] plus its attention branch, of which `attended` [B,H,S,d] is the op's output, plus the feed-forward branch."""
         branch = self.attention.output(attended)
-        return self.feed_forward(x + (branch if self.post_attention_norm is None else self.post_attention_norm(branch)))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """x [B,S,D] plus its feed-forward branch."""
-        branch = self.ffn(self.ffn_norm(x))
+        branch = branch if self.post_attention_norm is None else self.post_attention_norm(branch)
+        normed, x = self.ffn_norm(branch, residual=x)  # one kernel may add and normalise
+        branch = self.ffn(normed)
         return x + (branch if self.post_ffn_norm is None else self.post_ffn_norm(branch))
 
     def forward(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None, mask, cache: LayerCache | None = None) -> Tensor:

@@ -14,8 +14,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps, self.ops = eps, ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with `residual`, that of residual + x, and the sum itself, which one kernel may give together."""
+        if residual is None:
+            return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -27,8 +30,11 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
         self.eps, self.ops = eps, ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """As in RMSNorm."""
+        total = x if residual is None else residual + x
+        normed = self.ops.layer_norm(total, self.weight, self.bias, self.eps)
+        return normed if residual is None else (normed, total)
 
 
 def build_norm(cfg: NormConfig, size: int, *, ops) -> nn.Module:

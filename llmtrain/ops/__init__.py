@@ -1,6 +1,6 @@
 """The ops a model is built from, each with several implementations; see `registry` and docs/kernels.md.
 
-Importing this package registers the implementations that need nothing but PyTorch.
+Importing this package registers the implementations that need nothing but PyTorch, and those of torch_npu, which are probed when asked for.
 """
 
 from llmtrain_kernels.mask import Mask
@@ -14,6 +14,7 @@ from llmtrain.ops import (
     decode_attention,
     experts,
     norm,
+    npu,
     rope,
     sdpa,
     tiled_attention,
@@ -39,6 +40,7 @@ __all__ = [
     "experts",
     "implementations",
     "norm",
+    "npu",
     "op_names",
     "register",
     "resolve",

@@ -1,5 +1,6 @@
 """Cross-entropy fused with the head: hidden states in, the sum of losses out."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +29,23 @@ def cross_entropy_chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *, ch
 
     The weight's gradient is summed in fp32 when the weight is narrower. Raises ValueError for a chunk below 1.
     """
+    return in_chunks(hidden, weight, targets, chunk, _softmax)
+
+
+Losses = Callable[[Tensor, Tensor, torch.dtype, bool], tuple[Tensor, Tensor | None]]
+"""(logits [n,V], which may be overwritten, target [n], computing dtype, want gradients) -> losses [n], d loss / d logits or None."""
+
+
+def in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, losses: Losses) -> Tensor:
+    """`cross_entropy_chunked` with the losses of a chunk's logits computed by `losses`."""
     if chunk < 1:
         raise ValueError(f"cross_entropy: chunk={chunk}; train.loss_chunk is a number of rows, at least 1")
     if hidden.shape[-1] != weight.shape[-1] or hidden.shape[:-1] != targets.shape:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"cross_entropy: {shapes}; needed [N,D], [V,D], [N]")
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        return _run(hidden, weight, targets, chunk, (False, False)).loss
-    return _Chunked.apply(hidden, weight, targets, chunk)
+        return _run(hidden, weight, targets, chunk, losses, (False, False)).loss
+    return _Chunked.apply(hidden, weight, targets, chunk, losses)
 
 
 class _Result(NamedTuple):
@@ -46,31 +56,31 @@ class _Result(NamedTuple):
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        result = _run(hidden, weight, targets, chunk, ctx.needs_input_grad[:2])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, losses: Losses) -> Tensor:
+        result = _run(hidden, weight, targets, chunk, losses, ctx.needs_input_grad[:2])
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.chunk, ctx.result = chunk, result
+        ctx.chunk, ctx.losses, ctx.result = chunk, losses, result
         return result.loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # The first pass hands its gradients over, scaled in place: no second copy of [V,D]. A second pass over the graph computes anew.
         result, ctx.result = ctx.result, None
         if result is None:
-            result = _run(*ctx.saved_tensors, ctx.chunk, ctx.needs_input_grad[:2])
+            result = _run(*ctx.saved_tensors, ctx.chunk, ctx.losses, ctx.needs_input_grad[:2])
         dtypes = [x.dtype for x in ctx.saved_tensors[:2]]
         scaled = [None if x is None else x.mul_(grad.to(x.dtype)).to(dtype) for x, dtype in zip(result[1:], dtypes)]
-        return scaled[0], scaled[1], None, None
+        return scaled[0], scaled[1], None, None, None
 
 
 @torch.no_grad()
-def _run(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, wanted: tuple[bool, bool]) -> _Result:
+def _run(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, losses: Losses, wanted: tuple[bool, bool]) -> _Result:
     """Loss and unscaled gradients. On the CPU, rows without a target are left out; elsewhere finding them would stall the device."""
     kept = _rows_with_target(targets) if hidden.device.type == "cpu" else None
     if kept is None:
-        return _run_rows(hidden, weight, targets, chunk, wanted)
-    loss, rows, grad_weight = _run_rows(hidden[kept], weight, targets[kept], chunk, wanted)
+        return _run_rows(hidden, weight, targets, chunk, losses, wanted)
+    loss, rows, grad_weight = _run_rows(hidden[kept], weight, targets[kept], chunk, losses, wanted)
     grad_hidden = None if rows is None else torch.zeros_like(hidden).index_copy_(0, kept, rows)
     return _Result(loss, grad_hidden, grad_weight)
 
@@ -80,7 +90,7 @@ def _rows_with_target(targets: Tensor) -> Tensor | None:
     return None if len(kept) == len(targets) else kept
 
 
-def _run_rows(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, wanted: tuple[bool, bool]) -> _Result:
+def _run_rows(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, losses: Losses, wanted: tuple[bool, bool]) -> _Result:
     high = torch.promote_types(hidden.dtype, torch.float32)
     matrix = weight.to(hidden.dtype)
     loss = torch.zeros((), dtype=high, device=hidden.device)
@@ -91,8 +101,8 @@ def _run_rows(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, wante
         rows, target = hidden[start : start + chunk], targets[start : start + chunk]
         logits = torch.mm(rows, matrix.t(), out=buffer[: len(rows)])
         valid = target != IGNORE
-        losses, slope = _softmax(logits, target.clamp(min=0), high, any(wanted))
-        loss += torch.where(valid, losses, 0.0).sum()
+        each, slope = losses(logits, target.clamp(min=0), high, any(wanted))
+        loss += torch.where(valid, each, 0.0).sum()
         if slope is None:
             continue
         # Rows without a target are cleared in the [n,D] matrices, not in the [n,V] one.

@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm: by the formula, PyTorch's own, and an RMSNorm whose gradient is written out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.ops.registry import register
+from llmtrain.ops.registry import SEPARATE, register
 
 
 @register("rms_norm", "reference", speed=0)
@@ -55,6 +56,22 @@ class _RmsNorm(torch.autograd.Function):
         mean = (product @ wide).unsqueeze(-1).div_(x.shape[-1])  # of grad * weight * normed over the last dim
         grad_x = (grad * wide).addcmul_(normed, mean, value=-1).mul_(scale)
         return grad_x.to(x.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+
+
+@register("add_rms_norm", "reference", speed=0)
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(residual + x), residual + x), all [..,D]: the sum in the inputs' dtype, the norm as in `rms_norm_reference`."""
+    total = residual + x
+    return rms_norm_reference(total, weight, eps), total
+
+
+@register("add_rms_norm", SEPARATE, speed=1, parts=("rms_norm",))
+def add_rms_norm_separate(
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor], x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum, then the rms_norm that was chosen."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
 
 
 @register("layer_norm", "reference", speed=0)

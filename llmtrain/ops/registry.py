@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Implementation:
     supports: Callable[[Call], str | None]
     backward: bool
     deterministic: bool
+    parts: tuple[str, ...] = ()
 
     def refusal(self, call: Call) -> str | None:
         """Why this implementation cannot serve `call`, or None if it can."""
@@ -83,6 +84,7 @@ class Choice:
     function: Callable[..., Any]
     reason: str
     rejected: Mapping[str, str]
+    parts: tuple[str, ...] = ()
 
 
 class Ops:
@@ -91,13 +93,20 @@ class Ops:
     def __init__(self, choices: Mapping[str, Choice]):
         self.choices = dict(choices)
         for op, choice in self.choices.items():
-            setattr(self, op, choice.function)
+            parts = [self.choices[part].function for part in choice.parts]
+            setattr(self, op, partial(choice.function, *parts) if parts else choice.function)
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         raise AttributeError(f"no op {op!r}; there are {', '.join(self.__dict__.get('choices', ()))}")
 
 
 PARAMETER_OPS = {"adamw"}
+SEPARATE = "separate"
+"""An implementation of two ops in one that calls the two, as they were chosen."""
+
+JOINED = {"add_rms_norm": "rms_norm"}
+"""Ops that are two in one. Unless named, they take the implementation of the op that they contain, or `separate`: a model has one norm."""
+
 _REGISTRY: dict[str, dict[str, Implementation]] = {}
 
 
@@ -112,12 +121,13 @@ def register(
     supports: Callable[[Call], str | None] | None = None,
     backward: bool = True,
     deterministic: bool = True,
+    parts: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function as implementation `name` of `op`.
 
     `speed` orders implementations of one op (the reference has 0); `auto` takes the highest that serves. `probe()` says why it cannot be
     used on this machine at all (asked once), `supports(call)` why it cannot serve a call; both return None when it can.
-    Raises ValueError when the pair is already registered.
+    The functions chosen for the ops `parts` are passed to it before its arguments. Raises ValueError when the pair is already registered.
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,7 +136,16 @@ def register(
             raise ValueError(f"kernels.{op}={name} is registered already, by {entries[name].function.__module__}")
         checks = {"probe": cache(probe or _nothing), "supports": supports or _nothing}
         entries[name] = Implementation(
-            op, name, function, tuple(devices), tuple(dtypes), speed, backward=backward, deterministic=deterministic, **checks
+            op,
+            name,
+            function,
+            tuple(devices),
+            tuple(dtypes),
+            speed,
+            backward=backward,
+            deterministic=deterministic,
+            parts=tuple(parts),
+            **checks,
         )
         return function
 
@@ -162,7 +181,21 @@ def resolve(kernels: Mapping[str, str], call: Call) -> Ops:
     """Choose every op once: by name where `kernels` (the configuration section) names one, else the fastest."""
     for op in kernels:
         implementations(op)
-    return Ops({op: choose(op, call, kernels.get(op, "auto")) for op in _REGISTRY})
+    choices = {op: choose(op, call, kernels.get(op, "auto")) for op in _REGISTRY}
+    for op, inner in JOINED.items():
+        if kernels.get(op, "auto") == "auto":
+            choices[op] = _like(choices[inner], op, call)
+    return Ops(choices)
+
+
+def _like(inner: Choice, op: str, call: Call) -> Choice:
+    """The implementation of `op` that belongs to the choice for the op that it contains."""
+    entries = {entry.name: entry for entry in implementations(op)}
+    refusal = entries[inner.name].refusal(call) if inner.name in entries else "has no such implementation"
+    entry = entries[SEPARATE if refusal else inner.name]
+    return Choice(
+        op, entry.name, entry.function, f"kernels.{inner.op} is {inner.name}", {inner.name: refusal} if refusal else {}, entry.parts
+    )
 
 
 def _fastest(op: str, call: Call, entries: list[Implementation]) -> Choice:
@@ -171,7 +204,7 @@ def _fastest(op: str, call: Call, entries: list[Implementation]) -> Choice:
         reason = entry.refusal(call)
         if reason is None:
             why = "the fastest that serves" if len(entries) > 1 else "the only one"
-            return Choice(op, entry.name, entry.function, why, rejected)
+            return Choice(op, entry.name, entry.function, why, rejected, entry.parts)
         rejected[entry.name] = reason
     listed = "; ".join(f"{name} {reason}" for name, reason in rejected.items())
     raise KernelUnavailable(f"kernels.{op}=auto: nothing serves {_plain(call.dtype)} on {call.device}: {listed}")
@@ -186,7 +219,7 @@ def _named(op: str, call: Call, entries: list[Implementation], name: str) -> Cho
     if reason is not None:
         serving = [entry.name for entry in entries if entry.refusal(call) is None]
         raise KernelUnavailable(f"kernels.{op}={name}: {name} {reason}; serving this call: {', '.join(['auto', *serving])}")
-    return Choice(op, name, by_name[name].function, "named in the configuration", {})
+    return Choice(op, name, by_name[name].function, "named in the configuration", {}, by_name[name].parts)
 
 
 def _nothing(*_: Any) -> None:

@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from llmtrain.ops import implementations
+from llmtrain.ops import Call, KernelUnavailable, choose, implementations, register, resolve
+from llmtrain.ops.norm import add_rms_norm_reference
+from llmtrain.ops.registry import unregister
+
+
+def on_cpu(op):
+    return [entry for entry in implementations(op) if "cpu" in entry.devices]
 
 
 def functions(op):
-    return [pytest.param(entry.function, id=entry.name) for entry in implementations(op)]
+    return [pytest.param(entry.function, id=entry.name) for entry in on_cpu(op)]
 
 
 def rms_norm(x, weight, eps):
@@ -58,7 +64,7 @@ CASES = {
     "swiglu": (swiglu, lambda: (randn(3, 7), randn(3, 7))),
     "gelu": (gelu, lambda: (randn(3, 7),)),
 }
-ALL = [pytest.param(op, entry.function, id=f"{op}-{entry.name}") for op in CASES for entry in implementations(op)]
+ALL = [pytest.param(op, entry.function, id=f"{op}-{entry.name}") for op in CASES for entry in on_cpu(op)]
 
 
 @pytest.mark.parametrize(("op", "function"), ALL)
@@ -92,7 +98,7 @@ def test_norms_agree_in_bf16_with_an_fp32_weight(op):
     x, shift = torch.randn(64, 128).bfloat16() * 300, torch.zeros(128)
     weight = torch.ones(128) * 0.5
     args = (x, weight, 1e-6) if op == "rms_norm" else (x, weight, shift, 1e-6)
-    first, *others = [entry.function(*args) for entry in implementations(op)]
+    first, *others = [entry.function(*args) for entry in on_cpu(op)]
     for other in others:
         torch.testing.assert_close(first, other, rtol=2**-8, atol=0)
 
@@ -120,3 +126,53 @@ def test_rope_computes_in_fp32_when_the_angles_are_fp32(function):
 def test_layer_norm_without_a_bias(function):
     x, weight = torch.randn(4, 8), torch.rand(8)
     torch.testing.assert_close(function(x, weight, None, 1e-5), layer_norm(x, weight, torch.zeros(8), 1e-5))
+
+
+@pytest.mark.parametrize("name", ["reference", "native", "closed_form"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_add_rms_norm_has_the_bits_of_a_sum_and_the_chosen_norm(name, dtype):
+    ops = resolve({"rms_norm": name}, Call(device="cpu", dtype=dtype))
+    x, residual, weight = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((2, 3, 8), (2, 3, 8), (8,)))
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-3)
+    plain_total = residual + x
+    plain = ops.rms_norm(plain_total, weight, 1e-3)
+    assert torch.equal(normed, plain) and torch.equal(total, plain_total)
+    pairs = (normed, total), (plain, plain_total)
+    grads = [torch.autograd.grad((n * n).sum() + 3 * t.sum(), (x, residual, weight)) for n, t in pairs]
+    assert all(torch.equal(got, expected) for got, expected in zip(*grads))
+
+
+def test_add_rms_norm_by_the_formula():
+    x, residual, weight = (t.detach() for t in (randn(2, 3, 8), randn(2, 3, 8), randn(8)))
+    normed, total = add_rms_norm_reference(x, residual, weight, 1e-3)
+    torch.testing.assert_close(normed, rms_norm(x + residual, weight, 1e-3), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, x + residual)
+
+
+def test_add_rms_norm_follows_rms_norm_unless_named():
+    call = Call(device="cpu", dtype=torch.float32)
+    names = {norm: resolve({"rms_norm": norm}, call).choices["add_rms_norm"].name for norm in ("auto", "reference", "native")}
+    assert names == {"auto": "separate", "reference": "reference", "native": "separate"}
+    named = resolve({"rms_norm": "native", "add_rms_norm": "reference"}, call).choices["add_rms_norm"]
+    assert named.name == "reference" and named.reason == "named in the configuration"
+
+
+def test_a_plugins_norm_serves_the_sum_too_and_a_refusal_is_told():
+    register("rms_norm", "mine", speed=99)(lambda x, weight, eps: x * 7)
+    register("add_rms_norm", "mine", speed=99, dtypes=(torch.bfloat16,))(lambda *_: None)
+    try:
+        ops = resolve({}, Call(device="cpu", dtype=torch.float32))
+        assert ops.choices["add_rms_norm"].rejected == {"mine": "serves bfloat16, not float32"}
+        assert ops.add_rms_norm(torch.ones(2), torch.ones(2), None, 0.0)[0].tolist() == [14.0, 14.0]
+        assert resolve({}, Call(device="cpu", dtype=torch.bfloat16)).choices["add_rms_norm"].name == "mine"
+    finally:
+        unregister("rms_norm", "mine")
+        unregister("add_rms_norm", "mine")
+
+
+@pytest.mark.parametrize("op", ["attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "grouped_mm", "permute", "cross_entropy"])
+def test_without_torch_npu_its_operators_say_so(op):
+    with pytest.raises(KernelUnavailable, match=rf"kernels.{op}=torch_npu: torch_npu needs torch_npu, which is loaded when an NPU"):
+        choose(op, Call(device="npu", dtype=torch.float32), "torch_npu")
+    with pytest.raises(KernelUnavailable, match="runs on npu, not on cpu"):
+        choose(op, Call(device="cpu", dtype=torch.float32), "torch_npu")
