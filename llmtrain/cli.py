@@ -32,6 +32,7 @@ VERBS = {
     "kernels": Verb("llmtrain.tools.kernels", "which implementation each op uses on this machine, and why"),
     "compare": Verb("llmtrain.tools.compare.verb", "one step on two devices, kernels or engines, layer by layer: where the numbers part"),
     "doctor": Verb("llmtrain.tools.doctor.command", "check this machine: versions that fit, drivers, packages, collectives, memory, links"),
+    "selftest": Verb("llmtrain.tools.selftest.verb", "parity, kernel errors, speed and doctor of this machine in one file to send back"),
     "launch": Verb("llmtrain.tools.jobs.verb", "write the job file that starts a run on a cluster: torchrun, Slurm, Kubernetes"),
     "report": Verb("llmtrain.tools.report", "write report.md of a run folder"),
 }

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from llmtrain.hardware import cores
+from llmtrain.hardware import cores, messages
 from llmtrain.parallel.hang import board
 from llmtrain.tools.slurm import adopt_rank
 
@@ -167,6 +167,14 @@ class _Group:
             log.seek(max(self.log_starts[rank], size - 65536))
             return log.read().decode(errors="replace").splitlines()[-lines:]
 
+    def explain(self, rank: int) -> bool:
+        """Say on stderr what known errors in the last lines of a rank mean, unless the rank has said it; whether there was one."""
+        text = "\n".join(self.tail(rank, lines=400))
+        known = None if messages.HEADING in text else messages.explain(text)
+        if known:
+            sys.stderr.write(f"\n{known}\n")
+        return known is not None
+
     def _log(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.txt"
 
@@ -221,8 +229,10 @@ def _outcome(group: _Group) -> int:
     if not said_by_rank_0:
         _say(f"rank {blamed} ended with exit code {code}; its last lines:")
         sys.stderr.writelines(f"  [rank {blamed}] {line}\n" for line in group.tail(blamed))
+        group.explain(blamed)
     elif blamed == 0 and code > 128:
         _say(f"rank 0 was ended by signal {code - 128}" + (" (out of memory?)" if code == KILLED else ""))
+        next((rank for rank in range(1, len(group.processes)) if group.explain(rank)), None)
     return code
 
 

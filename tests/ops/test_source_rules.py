@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("llmtrain/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 PATCHED = {"torch", "torch_npu"}
+NPU_LOADERS = {Path("llmtrain/device/npu.py"), Path("llmtrain/tools/doctor/torch_child.py")}
 
 
 def dotted(node):
@@ -54,11 +55,18 @@ def violations(source, *, may_be_private=False):
     return found
 
 
+def loads_torch_npu(source):
+    """Whether a file imports torch_npu, by a statement or by its name."""
+    tree = ast.parse(source)
+    named = [node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func)[-1:] == ["import_module"]]
+    names = [node.value for node in named if isinstance(node, ast.Constant)] + imports(tree)[1]
+    return any(str(name).split(".")[0] == "torch_npu" for name in names)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source(path):
     assert violations(path.read_text(), may_be_private=path.name == "compat.py") == []
-    loads_npu = "torch_npu" in path.read_text() and any("torch_npu" in line for line in path.read_text().splitlines() if "import" in line)
-    assert not loads_npu or path.relative_to(ROOT) == Path("llmtrain/device/npu.py")
+    assert not loads_torch_npu(path.read_text()) or path.relative_to(ROOT) in NPU_LOADERS
 
 
 @pytest.mark.parametrize(
@@ -74,3 +82,8 @@ def test_source(path):
 )
 def test_the_check_finds(source):
     assert violations(source)
+
+
+def test_imports_of_torch_npu_are_found():
+    assert loads_torch_npu("import torch_npu.npu") and loads_torch_npu("import importlib\nimportlib.import_module('torch_npu')")
+    assert not loads_torch_npu("text = 'import torch_npu'")
