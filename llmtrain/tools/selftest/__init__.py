@@ -1,0 +1,1 @@
+"""`llmtrain selftest`: what a machine computes, how wrong and how fast, in one file to send back."""
