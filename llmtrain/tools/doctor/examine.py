@@ -42,7 +42,7 @@ def examine(
     test spans the ranks that were started, and only the first of each node looks at it. say: told what is being done.
     """
     machine = machine or Machine()
-    first_of_node = not is_launched() or machine.env.get("LOCAL_RANK", "0") == "0"
+    first_of_node = not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0"
     npu = device == "npu" or (device == "auto" and ascend.present(machine))
     cuda = device == "cuda" or (device == "auto" and nvidia.present(machine))
     report = Report()
@@ -52,8 +52,7 @@ def examine(
     if first_of_node:
         say("looking at packages, drivers and devices")
         report.lines += system.lines(machine, accelerator=npu or cuda) + packages.lines()
-        autoload_off = machine.env.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
-        report.lines += torch_probe.lines(report.facts, npu_wanted=npu, autoload_off=autoload_off)
+        report.lines += torch_probe.lines(report.facts, npu_wanted=npu)
         triton = packages.version("triton-ascend", sys.path)
         if device in ("auto", "npu"):
             report.lines += ascend.lines(machine, report.facts, wanted=device == "npu", torch_npu=torch_npu, triton_ascend=triton)
@@ -77,15 +76,10 @@ def _collectives(report: Report, device: str, ranks: int | None, *, machine: Mac
         else:
             count = ranks or min(_count(report.facts, kind), 8) if kind != "cpu" else ranks or 2
             say(f"collectives over {smoke.BACKENDS[kind]}, {count} ranks")
-            outcome = smoke.local(kind, count, _child_env(report.facts, machine))
+            outcome = smoke.local(kind, count, machine.env)
         report.lines += outcome.lines
         report.others |= outcome.others
 
 
 def _count(facts: dict[str, Any], kind: str) -> int:
     return len(facts.get({"cuda": "gpus", "npu": "npus"}.get(kind, ""), []))
-
-
-def _child_env(facts: dict[str, Any], machine: Machine) -> dict[str, str]:
-    """Where torch_npu keeps torch from loading, gloo can still be tested without it."""
-    return {**machine.env, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if "plain_error" in facts else dict(machine.env)

@@ -11,6 +11,9 @@ from pathlib import Path
 PATIENCE = 20.0  # seconds a tool gets: npu-smi can hang for ever with a driver that does not answer
 
 
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+
 class Verdict(str, Enum):
     """OK; worth knowing; or in the way of training."""
 
@@ -59,7 +62,7 @@ class Machine:
     """The machine under examination."""
 
     root: Path = Path("/")
-    env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    env: Mapping[str, str] = field(default_factory=lambda: users_environment())
 
     def read(self, path: str) -> str | None:
         """A text file, `path` absolute; None if it cannot be read."""
@@ -91,6 +94,14 @@ class Machine:
         except OSError as error:
             return Answer(-1, str(error))
         return Answer(done.returncode, done.stdout.decode(errors="replace"))
+
+
+def users_environment(started_with: Path = Path("/proc/self/environ")) -> dict[str, str]:
+    """The environment without llmtrain's own TORCH_DEVICE_BACKEND_AUTOLOAD=0, which would hide what plain `import torch` does."""
+    env = dict(os.environ)
+    if env.get(AUTOLOAD) == "0" and started_with.exists() and f"{AUTOLOAD}=0" not in started_with.read_bytes().decode().split("\0"):
+        del env[AUTOLOAD]
+    return env
 
 
 def gib(size: float) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtrain.hardware.messages import find
-from llmtrain.tools.doctor.machine import Line, Verdict
+from llmtrain.tools.doctor.machine import AUTOLOAD, Line, Verdict
 from llmtrain.tools.doctor.torch_child import MARK
 
 PATIENCE = 180.0  # seconds: a first import from a slow network file system takes a minute
@@ -20,9 +20,7 @@ _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from llmtrain
 
 def ask(env: Mapping[str, str], *, autoload: bool = True, npu: bool = True) -> dict[str, Any]:
     """The child's facts; `torch_error` if it did not get that far. `autoload` False: torch_npu does not load itself with torch."""
-    child_env = {**env, "LLMTRAIN_DOCTOR_NPU": "1" if npu else "0"}
-    if not autoload:
-        child_env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    child_env = {**env, "LLMTRAIN_DOCTOR_NPU": "1" if npu else "0", AUTOLOAD: "1" if autoload else "0"}
     command = [sys.executable, "-c", _START, json.dumps([os.path.abspath(entry) for entry in sys.path])]
     try:
         done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
@@ -37,35 +35,29 @@ def ask(env: Mapping[str, str], *, autoload: bool = True, npu: bool = True) -> d
 
 
 def probe(env: Mapping[str, str], *, npu_installed: bool) -> dict[str, Any]:
-    """Ask as a run would import torch; where that fails with torch_npu installed, also without its loading itself."""
-    facts = ask(env, npu=npu_installed)
+    """Ask as anybody would import torch; where that fails with torch_npu installed, also as llmtrain does, which loads torch_npu later."""
+    facts = ask(env, autoload=env.get(AUTOLOAD) != "0", npu=npu_installed)
     if "torch_error" in facts and npu_installed:
         second = ask(env, autoload=False)
         facts = {**second, "plain_error": facts["torch_error"]} if "torch_error" not in second else facts
     return facts
 
 
-def lines(facts: Mapping[str, Any], *, npu_wanted: bool, autoload_off: bool) -> list[Line]:
+def lines(facts: Mapping[str, Any], *, npu_wanted: bool) -> list[Line]:
     """The verdicts on importing torch and torch_npu. npu_wanted: an NPU is here or was asked for."""
-    found = []
     if "torch_error" in facts:
         text = f"`import torch` fails: {facts['torch_error']}"
         return [Line("torch", "import", Verdict.WRONG, text, _advice(text, "Reinstall torch: `pip install --force-reinstall torch`"))]
-    plain = facts.get("plain_error")
-    if plain:
-        fix = (
-            "Make CANN's libraries visible (see the lines of group ascend)"
-            if npu_wanted
-            else "No NPU is here: `pip uninstall torch-npu`, or `export TORCH_DEVICE_BACKEND_AUTOLOAD=0`"
-        )
-        found.append(Line("torch", "import", Verdict.WRONG, f"`import torch` fails because torch_npu does not load: {_reason(facts)}", fix))
-    else:
-        build = f"CUDA {facts['cuda']}" if facts.get("cuda") else f"ROCm {facts['hip']}" if facts.get("hip") else "CPU build"
-        found.append(Line("torch", "import", Verdict.OK, f"torch {facts['torch']} ({build}), {facts['threads']} threads"))
-        if "npu_error" in facts and "torch_npu" not in facts:
-            wrong = npu_wanted or not autoload_off
-            fix = _advice(facts["npu_error"], "See the lines of group ascend")
-            found.append(Line("torch", "torch_npu", Verdict.WRONG if wrong else Verdict.NOTE, f"does not load: {facts['npu_error']}", fix))
+    build = f"CUDA {facts['cuda']}" if facts.get("cuda") else f"ROCm {facts['hip']}" if facts.get("hip") else "CPU build"
+    found = [Line("torch", "import", Verdict.OK, f"torch {facts['torch']} ({build}), {facts['threads']} threads")]
+    error = facts.get("npu_error") or facts.get("plain_error")
+    if error and "torch_npu" not in facts:
+        text = f"does not load: {error}"
+        if "plain_error" in facts:
+            text += f"; so plain `import torch` fails too, outside llmtrain, which sets {AUTOLOAD}=0"
+        here = _advice(error, "See the lines of group ascend")
+        fix = here if npu_wanted else f"No NPU is here: `pip uninstall torch-npu`, or `export {AUTOLOAD}=0` for other programs"
+        found.append(Line("torch", "torch_npu", Verdict.WRONG if npu_wanted else Verdict.NOTE, text, fix))
     return found + _npus(facts, npu_wanted)
 
 
@@ -83,10 +75,6 @@ def _npus(facts: Mapping[str, Any], npu_wanted: bool) -> list[Line]:
         text = f"the sum of eight ones on npu:0 is {facts.get('npu_sum')}"
         return [Line("torch", "torch_npu", Verdict.WRONG, text, "The device or CANN's kernels are broken; see the lines of group ascend")]
     return [Line("torch", "torch_npu", Verdict.OK, f"torch_npu {facts['torch_npu']}: {len(npus)} x {npus[0]}, computes")]
-
-
-def _reason(facts: Mapping[str, Any]) -> str:
-    return facts.get("npu_error") or facts["plain_error"]
 
 
 def _advice(text: str, otherwise: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.tools.doctor import ascend, clock, nvidia, packages, smoke, torch_probe
-from llmtrain.tools.doctor.machine import Answer, Line, Verdict
+from llmtrain.tools.doctor.machine import AUTOLOAD, Answer, Line, Verdict, users_environment
 
 FACTS = {"torch": "2.13.0+cpu", "python": "3.11.7", "threads": 8, "cuda": None, "hip": None}
 INSTALL_INFO = "/usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info"
@@ -143,25 +143,33 @@ NO_CANN = "RuntimeError: Failed to load the backend extension: torch_npu. <- Imp
 
 def test_torch_npu_that_keeps_torch_from_loading():
     facts = {**FACTS, "plain_error": NO_CANN, "npu_error": "ImportError: libhccl.so: cannot open shared object file"}
-    here = torch_probe.lines(facts, npu_wanted=True, autoload_off=False)
-    elsewhere = torch_probe.lines(facts, npu_wanted=False, autoload_off=False)
-    assert wrong(here) == wrong(elsewhere) == ["import"]
-    assert "CANN" in here[0].fix and "pip uninstall torch-npu" in elsewhere[0].fix
+    here, elsewhere = (torch_probe.lines(facts, npu_wanted=wanted) for wanted in (True, False))
+    assert wrong(here) == ["torch_npu"] and "set_env.sh" in here[-1].fix
+    assert wrong(elsewhere) == [] and "pip uninstall torch-npu" in elsewhere[-1].fix and "plain `import torch` fails" in elsewhere[-1].text
 
 
 def test_torch_npu_that_does_not_load_beside_a_torch_that_does():
     facts = {**FACTS, "npu_error": "ImportError: libhccl.so: cannot open shared object file"}
-    assert wrong(torch_probe.lines(facts, npu_wanted=False, autoload_off=True)) == []
-    asked = torch_probe.lines(facts, npu_wanted=True, autoload_off=True)
-    assert wrong(asked) == ["torch_npu"] and "set_env.sh" in asked[-1].fix
+    assert wrong(torch_probe.lines(facts, npu_wanted=False)) == []
+    asked = torch_probe.lines(facts, npu_wanted=True)
+    assert wrong(asked) == ["torch_npu"] and "set_env.sh" in asked[-1].fix and "plain" not in asked[-1].text
 
 
 def test_torch_that_does_not_load_or_computes_wrongly():
-    assert wrong(torch_probe.lines({"torch_error": "ImportError: libc10.so"}, npu_wanted=False, autoload_off=False)) == ["import"]
+    assert wrong(torch_probe.lines({"torch_error": "ImportError: libc10.so"}, npu_wanted=False)) == ["import"]
     good = {**FACTS, "torch_npu": "2.13.0", "npus": ["Ascend910B2"], "npu_sum": 8.0}
-    assert wrong(torch_probe.lines(good, npu_wanted=True, autoload_off=False)) == []
-    assert wrong(torch_probe.lines({**good, "npu_sum": 7.0}, npu_wanted=True, autoload_off=False)) == ["torch_npu"]
-    assert wrong(torch_probe.lines({**good, "npus": []}, npu_wanted=True, autoload_off=False)) == ["torch_npu"]
+    assert wrong(torch_probe.lines(good, npu_wanted=True)) == []
+    assert wrong(torch_probe.lines({**good, "npu_sum": 7.0}, npu_wanted=True)) == ["torch_npu"]
+    assert wrong(torch_probe.lines({**good, "npus": []}, npu_wanted=True)) == ["torch_npu"]
+
+
+def test_the_users_own_autoload_is_told_from_llmtrains(tmp_path, monkeypatch):
+    monkeypatch.setenv(AUTOLOAD, "0")
+    started = tmp_path / "environ"
+    started.write_bytes(b"A=b\0PATH=/bin\0")
+    assert AUTOLOAD not in users_environment(started)
+    started.write_bytes(f"A=b\0{AUTOLOAD}=0\0".encode())
+    assert users_environment(started)[AUTOLOAD] == "0"
 
 
 def install(folder: Path, name: str, version: str, *files: str) -> None:
