@@ -62,7 +62,7 @@ def sees(mask: Mask, shift: int) -> Callable[[int, int, int], bool]:
 
     def visible(row: int, i: int, j: int) -> bool:
         place = i + shift
-        if mask.causal and j > place or mask.window is not None and j <= place - mask.window:
+        if (mask.causal and j > place) or (mask.window is not None and j <= place - mask.window):
             return False
         if mask.documents is None:
             return True
@@ -104,9 +104,11 @@ def part_backward(variant: str, causal: bool, **shapes: int) -> Case:
     """Gradients of one of two parts whose results are merged: the second has three keys that every query sees."""
 
     def merged(q, k, v, k2, v2):
-        both = torch.cat((k, k2), 2), torch.cat((v, v2), 2)
+        # Twice as wide, so that the second part has queries of its own, through which nothing flows back to q.
         own = sees(Mask(causal=causal), 0)
-        return formulas.attention(q, *both, scale=0.3, sees=lambda b, i, j: j >= k.shape[2] or own(b, i, j))
+        both = torch.cat((torch.cat((k, 0 * k), 3), torch.cat((0 * k2, k2), 3)), 2), torch.cat((v, v2), 2)
+        queries = torch.cat((q, q.detach()), 3)
+        return formulas.attention(queries, *both, scale=0.3, sees=lambda b, i, j: j >= k.shape[2] or own(b, i, j))
 
     def inputs():
         tensors = qkv(**shapes)

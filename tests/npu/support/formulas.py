@@ -1,4 +1,4 @@
-"""What each wrapper has to compute, in float64, written from the definition. Judges of wrappers and stand-in alike: shares no code with either."""
+"""What each wrapper has to compute, in float64, written from the definition. Shares no code with wrappers or stand-in."""
 
 import math
 

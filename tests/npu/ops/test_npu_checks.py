@@ -1,0 +1,139 @@
+"""Every wrapper of llmtrain/ops/npu in every column that one process gives, and mistakes that some column has to catch.
+
+The stand-in computes, so what is checked is how the operators are called and put together: not kernels, which no test here runs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import stand_in
+
+stand_in.start()
+
+import checks  # noqa: E402
+import schemas  # noqa: E402
+import torch  # noqa: E402
+from cases import BY_NAME, CASES, WRAPPERS  # noqa: E402
+from mutations import MUTATIONS  # noqa: E402
+
+from llmtrain.ops import Call, choose, implementations, op_names  # noqa: E402
+from llmtrain.ops.npu.gateway import NAME  # noqa: E402
+
+SUPPORT = Path(__file__).parents[1] / "support"
+COLUMNS = ("schema", "fake", "host", "numerics", "gradients")
+
+
+def cells(column, cases=CASES):
+    return [pytest.param(c, id=c.name, marks=pytest.mark.npu_check(c.wrapper, column)) for c in cases]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def host():
+    """What torch_npu's own C++ says to every case and mutation: name -> refusal, or nothing."""
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SUPPORT / "host_process.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+@pytest.mark.parametrize("case", cells("schema"))
+def test_calls_fit_the_schemas(case):
+    """Of the torch_npu here and of the other versions; where one has no such operator, the probe keeps the wrapper away."""
+    calls = checks.recorded(case)
+    for version, known in {"loaded": schemas.loaded(), **{version: schemas.stored(version) for version in schemas.VERSIONS}}.items():
+        problems = [schemas.problem(seen, known) for seen in calls]
+        assert [p for p in problems if p and not (p.endswith("does not exist") and version != "loaded")] == [], version
+
+
+@pytest.mark.parametrize("case", cells("fake"))
+def test_fake_tensors_have_the_shapes(case):
+    for dtype in case.dtypes:
+        checks.fake(case, dtype)
+
+
+@pytest.mark.parametrize("case", cells("host"))
+def test_the_checks_in_cpp_pass(case, host):
+    assert host[case.name] == ""
+
+
+@pytest.mark.parametrize("case", cells("numerics"))
+def test_numerics_are_the_formula(case):
+    for dtype in case.dtypes:
+        checks.numerics(case, dtype)
+
+
+@pytest.mark.parametrize("case", cells("gradients", [case for case in CASES if case.gradients]))
+def test_gradients_are_those_of_the_formula(case):
+    for dtype in case.dtypes:
+        checks.gradients(case, dtype)
+
+
+@pytest.mark.parametrize("case", cells("gradients", [case for case in CASES if case.wrapper.startswith("attention_part")]))
+def test_parts_have_no_graph(case):
+    """They are called without autograd; attention_part_backward is the gradient of attention_part, and its own numerics judge it."""
+    tensors = checks.on_device(case, checks.make(case), torch.float32, "npu")
+    assert not any(x.requires_grad for x in checks.tuple_of(case.call(**tensors)))
+
+
+@pytest.fixture(scope="module")
+def caught():
+    """Name of a mistake -> (wrapper, columns that noticed it), as the tests find out."""
+    return {}
+
+
+def catches(mutation, host) -> list[str]:
+    """The columns that notice."""
+    case, found = BY_NAME[mutation.case], []
+    seen = []
+
+    def note(name, operator):
+        def call(*args, **kwargs):
+            seen.append(checks.Seen(name, args, kwargs))
+            return operator(*args, **kwargs)
+
+        return mutation.change(name, call)
+
+    for column, check in (("fake", checks.fake), ("numerics", checks.numerics), ("gradients", checks.gradients)):
+        if column == "gradients" and not case.gradients:
+            continue
+        with checks.between(note):
+            try:
+                check(case, torch.float32)
+            except Exception:  # whatever goes wrong is noticed
+                found.append(column)
+    if any(schemas.problem(call, schemas.loaded()) for call in seen):
+        found.append("schema")
+    if host[mutation.name]:
+        found.append("host")
+    return sorted(found, key=COLUMNS.index)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_every_mistake_is_caught(mutation, host, caught):
+    columns = catches(mutation, host)
+    caught[mutation.name] = (BY_NAME[mutation.case].wrapper, columns)
+    assert columns, f"{mutation.name}: nothing notices"
+
+
+def test_every_wrapper_and_column_has_its_mistakes(caught):
+    if len(caught) < len(MUTATIONS):
+        pytest.skip("needs all mistakes to have been tried in this process")
+    assert {wrapper for wrapper, _ in caught.values()} == set(WRAPPERS)
+    assert set(Counter(column for _, columns in caught.values() for column in columns)) == set(COLUMNS)
+
+
+@pytest.mark.parametrize("op", [op for op in op_names() if NAME in [entry.name for entry in implementations(op)]])
+def test_auto_takes_the_fused_operator_and_a_case_checks_it(op):
+    assert choose(op, Call(device="npu", dtype=torch.bfloat16)).name == NAME
+    assert any(case.wrapper == op and case.called_by_models for case in CASES)
