@@ -55,6 +55,17 @@ def load_symmetric_memory() -> bool:
     return hasattr(torch.ops.symm_mem, "fused_all_gather_matmul") and hasattr(torch.ops.symm_mem, "fused_matmul_reduce_scatter")
 
 
+def hccl_name(group: Any) -> str:
+    """The name by which torch_npu's operators know the process group `group`.
+
+    All its ranks ask together, since its communicator is made if there is none yet.
+    """
+    import torch
+    import torch.distributed as dist
+
+    return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())  # the rank in the world, not in the group
+
+
 def flatten_mesh(mesh: Any, name: str) -> Any:
     """The DeviceMesh `mesh` as one axis of that name, with its groups made now."""
     return mesh._flatten(name)

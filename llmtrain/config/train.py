@@ -140,8 +140,12 @@ class ParallelConfig(Section):
     """Ranks that share one expert: 1, and tp ranks hold whole experts and send their own part of the sequence, or tp."""
     tp_chunks: PositiveInt = 1
     """Pieces in which tensor parallelism sends activations, each while another one is multiplied; 1 does one after the other."""
-    tp_kind: Literal["chunked", "symm_mem"] = "chunked"
-    """How activations are sent beside the products of tp: in tp_chunks, or by torch's kernels over symmetric memory (CUDA alone)."""
+    tp_kind: Literal["auto", "chunked", "symm_mem", "mc2"] = "auto"
+    """How activations are sent beside the products of tp: in tp_chunks, by torch's kernels over symmetric memory (CUDA alone), or by
+    torch_npu's operators (NPU alone); `auto` is mc2 on an NPU where that can serve, else chunked."""
+    ep_kind: Literal["auto", "all_to_all", "fused"] = "auto"
+    """How tokens reach the experts of other ranks: by all-to-alls, or by torch_npu's operators that join these with the experts' products
+    (Atlas A3 alone); `auto` is fused where that can serve, else all_to_all."""
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """How the ranks of cp attend to each other's keys: gather all of them, pass them round a ring, or exchange sequence for heads."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = "auto"

@@ -13,6 +13,7 @@ from llmtrain.errors import UserError
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.model.transformer import cut
 from llmtrain.parallel.cast import apply_cast
+from llmtrain.parallel.choices import choices
 from llmtrain.parallel.compile import apply_compile
 from llmtrain.parallel.cp import ContextParallel, apply_cp
 from llmtrain.parallel.ep import apply_ep
@@ -50,12 +51,14 @@ def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: C
     """
     names = [name for name, _ in model.named_parameters()]
     shape, parallel, precision = mesh.shape, cfg.parallel, cfg.precision
+    hardware = device.hardware()
+    chosen = choices(cfg, shape, device=device.kind, hardware=hardware.key if hardware else None)
     if shape.tp > 1:
-        apply_tp(model, mesh.device_mesh["tp"], chunks=parallel.tp_chunks, implementation=parallel.tp_kind)
+        apply_tp(model, mesh.device_mesh["tp"], chunks=parallel.tp_chunks, implementation=chosen.tp.name)
     if cp is not None:
         apply_cp(model, cp)
     if mesh.experts is not None:
-        apply_ep(model, expert_mesh=mesh.experts, tp_group=mesh.group("tp"))
+        apply_ep(model, expert_mesh=mesh.experts, tp_group=mesh.group("tp"), kind=chosen.ep.name if chosen.ep else "all_to_all")
     partial = {name for name, parameter in model.named_parameters() if shape.tp > 1 and partial_over_tp(parameter)}
     if compiled:
         apply_compile(model)

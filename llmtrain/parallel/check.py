@@ -5,9 +5,9 @@ from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.layout.steps import StepPlan
+from llmtrain.parallel.choices import choices
 from llmtrain.parallel.cp import check_cp
 from llmtrain.parallel.ep import check_ep
-from llmtrain.parallel.ops.implementations import check_implementation
 from llmtrain.parallel.tp import check_tp
 
 
@@ -16,11 +16,11 @@ def check_parallel(cfg: RunConfig, shape: MeshShape, plan: StepPlan, *, device: 
     plan.check_batches(dp=shape.dp)
     if shape.tp > 1:
         check_tp(cfg.model, shape.tp)
-        check_implementation(cfg.parallel.tp_kind, device)
     if shape.cp > 1:
         check_cp(cfg.model, cfg.parallel.cp_kind, cp=shape.cp, tp=shape.tp)
     if shape.ep > 1 or shape.etp > 1:
         check_ep(cfg.model, ep=shape.ep, etp=shape.etp)
+    choices(cfg, shape, device=device)
     if shape.pp > 1:
         pipeline = PipelinePlan.from_config(cfg)
         for segment in plan.segments:

@@ -19,6 +19,7 @@ from llmtrain.errors import UserError
 from llmtrain.model.experts import Dispatched, Experts, RoutedExperts
 from llmtrain.model.moe import MoE
 from llmtrain.ops.experts import inverse
+from llmtrain.parallel.ep_fused import FusedExperts
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.ops.pending import start_gather
 from llmtrain.parallel.ops.sequence import gathered_rows, summed_rows
@@ -181,7 +182,7 @@ class SplitExperts:
         return summed_rows(self.inner(*everyone), self.group)
 
 
-def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.ProcessGroup | None = None) -> None:
+def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.ProcessGroup | None = None, kind: str = "all_to_all") -> None:
     """Share the experts of every mixture of experts in `model` over the axes `ep` and `etp` of `expert_mesh`, in place.
 
     Stacks of weights become DTensors: whole experts over `ep` (Shard(0)), each expert's width F over `etp` (gate and up Shard(2), down
@@ -192,12 +193,13 @@ def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.Proces
         model: anything that contains `MoE` layers; one without is left alone.
         expert_mesh: axes pp, dp_replicate, efsdp, ep, etp (layout.mesh.EXPERT_AXES).
         tp_group: the ranks that etp is laid over, as a group to be used instead of the mesh's own.
+        kind: `all_to_all`, or `fused` on npu (llmtrain.parallel.ep_fused).
 
     Raises:
         UserError: ep does not divide the number of experts, or etp their width.
     """
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
-        _share(layer, expert_mesh, tp_group)
+        _share(layer, expert_mesh, tp_group, fused=kind == "fused")
 
 
 def check_ep(model: ModelConfig, *, ep: int, etp: int) -> None:
@@ -218,14 +220,18 @@ def _check(experts: int, width: int, *, ep: int, etp: int) -> None:
         )
 
 
-def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None) -> None:
+def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None, *, fused: bool) -> None:
     experts, (ep, etp) = layer.experts, (mesh.size(mesh.mesh_dim_names.index(axis)) for axis in ("ep", "etp"))
     count, _, width = experts.up_proj.shape
     _check(count, width, ep=ep, etp=etp)
     _shard_weights(experts, mesh, [axis for axis, size in (("ep", ep), ("etp", etp)) if size > 1])
     experts.weights = partial(_local_weights, experts)
     if ep > 1:
-        layer.routed = RoutedExperts(experts, AllToAllDispatcher(mesh.get_group("ep"), count, experts.ops))
+        group = mesh.get_group("ep")
+        if fused:
+            layer.routed = FusedExperts(experts, group, count)
+        else:
+            layer.routed = RoutedExperts(experts, AllToAllDispatcher(group, count, experts.ops))
     if etp > 1:
         layer.routed = SplitExperts(layer.routed, tp_group or mesh.get_group("etp"))
 

@@ -25,7 +25,8 @@ from llmtrain.parallel.ops import (
     vocab_cross_entropy,
     vocab_embedding,
 )
-from llmtrain.parallel.ops.implementations import check_implementation
+from llmtrain.parallel.ops.choice import check_implementation
+from llmtrain.parallel.ops.implementations import Demand
 from llmtrain.parallel.ops.sequence import local_length
 
 
@@ -41,14 +42,14 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, *, chunks: int = 1, implementat
         model: a Transformer, or another family with its parts.
         mesh: of one axis.
         chunks: pieces of the sequence that are sent one by one, each while another one is multiplied.
-        implementation: `chunked`, or `symm_mem` on cuda, which splits into pieces of its own.
+        implementation: `chunked`, or `symm_mem` on cuda and `mc2` on npu, which split into pieces of their own.
 
     Raises UserError for a model whose heads, hidden width or vocabulary cannot be split by the number of ranks.
     """
     if mesh.size() == 1:
         return
     check_tp(model.cfg, mesh.size())
-    check_implementation(implementation, mesh.device_type)
+    check_implementation(implementation, Demand(mesh.device_type, mesh.size()))
     Splitter(mesh, model.cfg.vocab_size, chunks=chunks, implementation=implementation).model(model)
     model.register_forward_pre_hook(_refuse, with_kwargs=True)
 
@@ -173,7 +174,9 @@ class Splitter:
         weight = local_tensor(head.weight)
         if targets is not None:
             return vocab_cross_entropy(hidden, weight, targets, vocab_size=self.vocab_size, group=self.group, chunk=head.loss_chunk)
-        (logits,) = all_gather_matmul(hidden, [weight.to(hidden.dtype)], **self.fused)
+        # Ranks hold different numbers of entries, with which fused operators of other devices do not reckon.
+        plain = self.fused | {"implementation": "chunked"}
+        (logits,) = all_gather_matmul(hidden, [weight.to(hidden.dtype)], **plain)
         return gather_vocabulary(logits, vocab_size=self.vocab_size, group=self.group)
 
 

@@ -19,6 +19,7 @@ from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.layout.steps import StepPlan
 from llmtrain.ops import Call, Ops, resolve
 from llmtrain.parallel import mesh as world
+from llmtrain.parallel.choices import choices
 from llmtrain.parallel.compile import decide
 from llmtrain.parallel.cores import settled
 from llmtrain.parallel.hang.watch import watching
@@ -68,13 +69,17 @@ class Session:
 
     def introduce(self) -> None:
         """Say what was found and chosen: device, mesh, kernels with reasons."""
-        choices = ", ".join(f"{op} {choice.name}" for op, choice in self.ops.choices.items())
+        kernels = ", ".join(f"{op} {choice.name}" for op, choice in self.ops.choices.items())
         self.console.message(f"device: {self.device.describe()}")
         self.console.message(f"cores: {self.cores}")
         self.console.message(f"mesh: {self.mesh.shape.describe()} ({self.mesh.device.collective_backend}), engine {self.cfg.engine.kind}")
         if self.mesh.shape.pp > 1:
             self.console.message(f"pipeline: {self._pipeline()}")
-        self.console.message(f"kernels: {choices} (`llmtrain kernels` says why)")
+        self.console.message(f"kernels: {kernels} (`llmtrain kernels` says why)")
+        hardware = self.device.hardware()
+        exchange = choices(self.cfg, self.mesh.shape, device=self.device.kind, hardware=hardware.key if hardware else None)
+        if self.cfg.engine.kind == "native" and str(exchange):
+            self.console.message(f"collectives: {exchange}")
         if self.cfg.engine.kind == "native":
             compiling = decide(self.cfg, kind=self.device.kind, ranks=self.mesh.world)
             wait = "; the first step of each sequence length takes half a minute or so longer" if compiling.on else ""

@@ -119,7 +119,7 @@ def pair(group, *, batch: int, length: int, chunks: int) -> dict[str, float]:
 
 def symmetric(group, **case) -> dict[str, float]:
     """symm_mem with torch's own plain versions of its two operators, which it has for meta tensors, registered for the CPU."""
-    assert "cuda alone" in implementations.SymmetricMemory.unavailable("cpu")
+    assert "cuda alone" in implementations.SymmetricMemory.unavailable(implementations.Demand("cpu", 2))
     import torch.distributed._symmetric_memory as plain_versions
 
     library = torch.library.Library("symm_mem", "IMPL")

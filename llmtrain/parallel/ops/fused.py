@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.parallel.ops.implementations import IMPLEMENTATIONS, Chunked
+from llmtrain.parallel.ops.choice import IMPLEMENTATIONS
+from llmtrain.parallel.ops.implementations import Chunked
 from llmtrain.parallel.ops.pieces import Pieces
 from llmtrain.parallel.ops.sequence import local_length
 

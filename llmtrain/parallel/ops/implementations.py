@@ -1,23 +1,36 @@
 """How a collective and the matmul beside it are carried out together.
 
 An implementation works on rows (llmtrain.parallel.ops.pieces) and knows nothing of gradients. Its methods are what fused kernels offer:
-`gather_mm` is npu_all_gather_base_mm or symm_mem.fused_all_gather_matmul, `start_mm_scatter` is npu_mm_reduce_scatter_base or
-symm_mem.fused_matmul_reduce_scatter.
+`gather_mm` is npu_all_gather_base_mm (llmtrain.parallel.ops.npu) or symm_mem.fused_all_gather_matmul, `start_mm_scatter` is
+npu_mm_reduce_scatter_base or symm_mem.fused_matmul_reduce_scatter.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.compat import load_symmetric_memory
-from llmtrain.errors import UserError
 from llmtrain.parallel.ops.pending import Pending, start_gather, start_scatter_sum
 from llmtrain.parallel.ops.pieces import Pieces
 
 Products = tuple[list[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a model asks of an implementation; None where it is not known yet, and not judged."""
+
+    device: str
+    """cpu, cuda or npu."""
+    ranks: int
+    sums: tuple[int, ...] = ()
+    """Lengths that products sum over, forward and backward."""
+    dtype: torch.dtype | None = None
+    hardware: str | None = None
+    """Key of llmtrain.hardware."""
 
 
 class Chunked:
@@ -30,8 +43,8 @@ class Chunked:
         self.pieces, self.group = pieces, group
 
     @staticmethod
-    def unavailable(device: str) -> str | None:
-        """Why it cannot be used on devices of this kind, or None."""
+    def unavailable(demand: Demand) -> str | None:
+        """Why it cannot serve this, or None."""
         return None
 
     def start_gather(self, rows: Tensor) -> Pending:
@@ -91,10 +104,10 @@ class SymmetricMemory(Chunked):
         super().__init__(replace(pieces, chunks=1), group)
 
     @staticmethod
-    def unavailable(device: str) -> str | None:
+    def unavailable(demand: Demand) -> str | None:
         """As in Chunked."""
-        if device != "cuda":
-            return f"symmetric memory is there on cuda alone, not on {device}"
+        if demand.device != "cuda":
+            return f"symmetric memory is there on cuda alone, not on {demand.device}"
         return None if load_symmetric_memory() else f"torch {torch.__version__} has no symm_mem.fused_all_gather_matmul"
 
     def gather_mm(self, rows: Tensor, matrices: Sequence[Tensor], *, keep: bool = False) -> Products:
@@ -109,15 +122,3 @@ class SymmetricMemory(Chunked):
         if several:
             rows, matrix = torch.cat([rows for rows, _ in pairs], 1), torch.cat([matrix for _, matrix in pairs])
         return Pending(torch.ops.symm_mem.fused_matmul_reduce_scatter(rows, matrix, "sum", 0, self.group.group_name))
-
-
-IMPLEMENTATIONS: dict[str, type[Chunked]] = {"chunked": Chunked, "symm_mem": SymmetricMemory}
-"""By the name that `implementation=` of the ops takes."""
-
-
-def check_implementation(name: str, device: str) -> None:
-    """Raise UserError unless there is an implementation of this name that devices of this kind can use."""
-    if name not in IMPLEMENTATIONS:
-        raise UserError(f"parallel.tp_kind {name}: allowed are {', '.join(IMPLEMENTATIONS)}")
-    if reason := IMPLEMENTATIONS[name].unavailable(device):
-        raise UserError(f"parallel.tp_kind {name}: {reason}; use chunked")
