@@ -2,6 +2,7 @@
 
 import torch
 from sameness import BASE, Documents, merge
+from worlds import leave
 
 import llmtrain.engine.native as native
 from llmtrain.config.run import RunConfig
@@ -28,12 +29,14 @@ def _calls(values: dict) -> dict:
     measured = engine.calibrate(Documents().batch(0, 2))
     tokens = torch.arange(2 * 13).reshape(2, 13) % 61
     batches = [Documents().batch(first, 2) for first in range(2 * mesh.data_rank, 12, 2 * mesh.shape.dp)]
-    return {
+    found = {
         "measured": measured,
         "logits": engine.logits(tokens).numpy(),
         "evaluated": engine.evaluate(batches).loss,
         "made_once": mesh.gather(_made_once(engine, batches)),
     }
+    leave(mesh)
+    return found
 
 
 def _made_once(engine, batches) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """One short training run of a tiny model in this world, as numbers to compare: losses of 20 steps, every full gradient and routing decision
 of step 1."""
 
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from routing import Routing
+from worlds import leave
 
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET, Batch
@@ -158,14 +160,16 @@ def train(
     nudged: int | None = None,
     fault: str | None = None,
     stop: int | None = None,
+    device: str = "cpu",
 ) -> dict:
     """On this world's mesh: losses of every step, or the first `stop`; gradients (whole, by name) and expert ids by layer of step 1.
 
     permute: the samples of each step in another order. nudged: seed by which one process's initial weights are moved by a unit of rounding.
+    device: the kind of this rank's device.
     """
     torch.set_num_threads(1)
     cfg = RunConfig.model_validate(merge(BASE, changes))
-    engine = build_engine(cfg)
+    engine = build_engine(cfg, device)
     if nudged is not None:
         nudge(engine, nudged)
     plan, data, mesh = StepPlan.from_config(cfg), Documents(permuted if permute else None, whole=whole), engine.mesh
@@ -182,20 +186,22 @@ def train(
             engine.apply(lr=step.lr)
             losses.append(result.loss)
             compiling.append(result.metrics.get("compile_seconds", 0.0))
+    leave(mesh)
     return {"losses": losses, "compile_seconds": compiling} | found
 
 
-def build_engine(cfg: RunConfig):
-    """The native engine of `cfg` in this world."""
-    device = select("cpu")
+def build_engine(cfg: RunConfig, kind: str = "cpu"):
+    """The native engine of `cfg` in this world, on devices of this kind."""
+    device = select(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    device.set_current()
     mesh = world.start(cfg.parallel, device=device)
-    call = Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2)
+    call = Call(device=kind, dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2)
     return build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=resolve(cfg.kernels, call))
 
 
 def first_step(engine, batches: list[Batch]) -> dict:
     """Gradients from all ranks, and every rank's target counts."""
-    gradients = {name: full(p.grad).double().clone().numpy() for name, p in engine.parameters.items()}
+    gradients = {name: full(p.grad).cpu().double().clone().numpy() for name, p in engine.parameters.items()}
     everyone = {name: value for part in engine.mesh.gather(gradients) for name, value in part.items()}
     return {"gradients": everyone, "counts": engine.mesh.gather([batch.target_count for batch in batches])}
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from sameness import BASE, Documents, merge
 from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import leave
 
 from llmtrain.config.run import RunConfig
 from llmtrain.device import select
@@ -114,7 +115,9 @@ def count(changes: dict) -> dict:
     built = {(name, False): local_tensor(p).numel() for name, p in engine.parameters.items()}
     for copy in engine.stages.copies.values():
         built["embedding.weight", True] = local_tensor(copy).numel()
-    return {"traffic": mesh.gather((counted.found, expected)), "held": mesh.gather((dict(held), built))}
+    found = {"traffic": mesh.gather((counted.found, expected)), "held": mesh.gather((dict(held), built))}
+    leave(mesh)
+    return found
 
 
 def _loop(cfg, engine, mesh, device, plan) -> Loop:

@@ -42,6 +42,22 @@ def run_world(target: str, ranks: int, *, args: dict, folder: Path, timeout: flo
     return pickle.loads(result.read_bytes())
 
 
+def leave(mesh) -> None:
+    """End the groups of an llmtrain mesh, but not the world: a world that goes on to other meshes would keep a few threads of each."""
+    import gc
+
+    import torch.distributed as dist
+
+    from llmtrain.compat import forget_groups
+
+    meshes = [m for m in (mesh.device_mesh, mesh.experts) if m is not None]
+    groups = {group for one in meshes for group in one._pg_registry.values()} - {dist.group.WORLD}
+    for group in groups:
+        dist.destroy_process_group(group)
+    forget_groups(*meshes)
+    gc.collect()
+
+
 if __name__ == "__main__":
     import importlib
 
