@@ -34,6 +34,7 @@ class Recorder:
         """Loss scale by which gradients are multiplied while they are computed."""
         self._stack: list[str] = []  # modules that are running now; empty while gradients are computed, also where they recompute
         self._last: tuple[list[Tensor], list[Point]] = [], []  # what was noted last
+        self._in_op = False
         self._names: Counter[tuple[str, str]] = Counter()
 
     def ops(self, ops: Ops) -> Ops:
@@ -94,8 +95,13 @@ class Recorder:
     def _noting(self, op: str, function: Callable) -> Callable:
         @wraps(function)
         def noting(*args: Any, **kwargs: Any) -> Any:
-            out = function(*args, **kwargs)
-            if self._stack:
+            outermost, self._in_op = not self._in_op, True  # an op may be made of others, which are not there in every implementation
+            try:
+                out = function(*args, **kwargs)
+            finally:
+                self._in_op = not outermost
+            if self._stack and outermost:
+                out = _at_the_border(out)
                 self._outputs(".".join(filter(None, [self._stack[-1], op])), out, op=op)
             return out
 
@@ -135,6 +141,16 @@ class Recorder:
         self._names[phase, name] += 1
         count = self._names[phase, name]
         return name if count == 1 else f"{name}.{count}"
+
+
+def _at_the_border(out: Any) -> Any:
+    """Results of an op with several, as views: what arrives there is the gradient from outside of the op.
+
+    One result may have been made from another inside (the norm of a sum), which a fused kernel's own graph does not show.
+    """
+    if type(out) is not tuple:
+        return out
+    return tuple(t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in out)
 
 
 def _tensors(out: Any) -> list[Tensor]:

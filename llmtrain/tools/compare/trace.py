@@ -1,7 +1,7 @@
 """What a recorded step holds: points in execution order, each with some of a tensor's values; and the file that they are kept in."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file whose metadata is JSON; nothing in it can run code. Raises UserError if it cannot be written."""
-        described = [{k: v for k, v in asdict(point).items() if k != "values"} for point in self.points]
+        described = [{key: value for key, value in vars(point).items() if key != "values"} for point in self.points]
         text = json.dumps({"format": FORMAT, "meta": self.meta, "points": described})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

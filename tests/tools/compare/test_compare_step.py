@@ -58,6 +58,7 @@ def test_equal_sides_give_zeros(dense, plain):
     found = compare(plain, dense.trace())
     assert found.first is None and found.referenced and not found.only_a and not found.only_b
     assert {row.difference for row in found.rows} == {0.0} and found.settings() == []
+    assert not [row.a for row in found.rows if row.unjudged]
     assert "within the bounds at all" in verdict(found)
 
 
