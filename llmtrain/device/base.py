@@ -40,6 +40,11 @@ class Device(ABC):
     def unavailable(cls) -> str | None:
         """Why no device of this kind can be used here, or None."""
 
+    @classmethod
+    def expected(cls) -> bool:
+        """Whether this machine is set up for such devices, so that having to do without one is worth a warning."""
+        return False
+
     @abstractmethod
     def count(self) -> int:
         """Devices of this kind on this machine."""
@@ -113,8 +118,8 @@ class Device(ABC):
         hardware = self.hardware()
         return None if hardware is None else hardware.peak_flops(str(dtype).removeprefix("torch."))
 
-    def process_group_options(self, timeout: timedelta) -> dict[str, Any]:
-        """Keyword arguments for torch.distributed.init_process_group beyond back end and timeout."""
+    def process_group_options(self, timeout: timedelta, *, buffer_mb: int | None = None) -> dict[str, Any]:
+        """Keyword arguments for torch.distributed.init_process_group beyond back end and timeout. buffer_mb: parallel.hccl_buffer_mb."""
         return {}
 
     def numa_node(self) -> int | None:

@@ -39,7 +39,7 @@ class CudaDevice(Accelerator):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         super().deterministic(on)
 
-    def process_group_options(self, timeout: timedelta) -> dict[str, Any]:
+    def process_group_options(self, timeout: timedelta, *, buffer_mb: int | None = None) -> dict[str, Any]:
         return {"device_id": self.torch_device}
 
     def describe(self) -> str:

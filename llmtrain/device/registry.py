@@ -1,6 +1,7 @@
 """Kinds of device, and picking one."""
 
 import difflib
+import warnings
 
 from llmtrain.device.base import Device, DeviceUnavailable
 
@@ -29,11 +30,12 @@ def kinds() -> dict[str, type[Device]]:
 def select(name: str = "auto", local_rank: int = 0) -> Device:
     """The device of this rank: `auto` takes the preferred usable kind, a named one must be usable.
 
-    Raises DeviceUnavailable with the reason and what to do, also when `local_rank` is beyond the devices of this machine.
+    Raises DeviceUnavailable with the reason and what to do, also when `local_rank` is beyond the devices of this machine. `auto` warns
+    where it passes over a kind that this machine is set up for.
     """
     known = kinds()
     if name == "auto":
-        name = next((kind for kind, device in known.items() if device.unavailable() is None), "cpu")
+        name = _first_usable(known)
     if name not in known:
         close = difflib.get_close_matches(name, ["auto", *known], n=1)
         hint = f", did you mean {close[0]}?" if close else ""
@@ -46,3 +48,13 @@ def select(name: str = "auto", local_rank: int = 0) -> Device:
         found = f"local rank {local_rank} has no {name} device, this machine has {device.count()}"
         raise DeviceUnavailable(f"device: {found}; start at most that many ranks per node")
     return device
+
+
+def _first_usable(known: dict[str, type[Device]]) -> str:
+    for kind, device in known.items():
+        reason = device.unavailable()
+        if reason is None:
+            return kind
+        if device.expected():
+            warnings.warn(f"device: auto passes over {kind}: {reason}. {device.fix}", stacklevel=3)
+    return "cpu"

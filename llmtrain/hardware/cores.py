@@ -109,6 +109,13 @@ def pci_node(address: str, root: Path = Path("/")) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def only_node(vendor: str, pci_class: str, root: Path = Path("/")) -> int | None:
+    """NUMA node of all PCI devices of this vendor and class (`0x19e5`, `0x1200`); None where there is none or they are on several."""
+    found = [path for path in (root / "sys/bus/pci/devices").glob("*") if _read(path / "vendor").strip() == vendor]
+    nodes = {pci_node(path.name, root) for path in found if _read(path / "class").startswith(pci_class)}
+    return nodes.pop() if len(nodes) == 1 else None
+
+
 def bind(cpus: frozenset[int]) -> None:
     """Bind every thread of this process to `cpus`; threads started later inherit it. Does nothing where a system cannot bind."""
     if not hasattr(os, "sched_setaffinity"):

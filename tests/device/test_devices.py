@@ -1,12 +1,13 @@
 """Devices: selection and its errors, a fake one, and the CPU."""
 
+import os
 from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 import torch
 
-from llmtrain.device import DeviceUnavailable, Memory, register, select
+from llmtrain.device import DeviceUnavailable, Memory, npu, register, select
 from llmtrain.device.base import Accelerator, Device
 from llmtrain.device.cuda import CudaDevice, unsupported_dtype
 from llmtrain.device.npu import NpuDevice
@@ -110,23 +111,64 @@ def test_an_unusable_named_device_says_why_and_what_to_do():
         select("cuda")
 
 
-def test_npu_without_torch_npu_or_cann_says_so(monkeypatch):
-    from llmtrain.device import npu
+@pytest.fixture
+def no_cann(monkeypatch):
+    """torch_npu is there and fails to load; set `error` to what it raises."""
+    raised = type("Raised", (), {"error": ImportError("libhccl.so: cannot open shared object file\n[ERROR] 2026-01-01 (PID:1)")})
 
-    npu._load.cache_clear()
-    monkeypatch.setattr(npu.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DeviceUnavailable, match=r"torch_npu is not installed\. Install CANN"):
-        select("npu")
+    def fail(name):
+        raise raised.error
+
     npu._load.cache_clear()
     monkeypatch.setattr(npu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(npu.importlib, "import_module", fail)
+    monkeypatch.setattr(npu.importlib.metadata, "requires", lambda name: ["torch==2.13.0", "numpy"])
+    monkeypatch.setattr(npu.importlib.metadata, "version", lambda name: "2.13.0")
+    yield raised
+    npu._load.cache_clear()
 
-    def no_cann(name):
-        raise ImportError("libhccl.so: cannot open shared object file")
 
-    monkeypatch.setattr(npu.importlib, "import_module", no_cann)
-    with pytest.raises(DeviceUnavailable, match="torch_npu does not load: libhccl"):
+def test_npu_without_torch_npu_says_so(monkeypatch):
+    npu._load.cache_clear()
+    monkeypatch.setattr(npu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DeviceUnavailable, match=r"torch_npu is not installed\. docs/npu.md tells"):
         select("npu")
     npu._load.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [ImportError, OSError, Exception])
+def test_npu_without_cann_says_so(no_cann, kind):
+    no_cann.error = kind("libhccl.so: no such file")
+    with pytest.raises(DeviceUnavailable, match=r"torch_npu does not load: libhccl\.so: .*\. docs/npu"):
+        select("npu")
+
+
+def test_a_torch_npu_of_another_torch_says_which_pair_it_wants(no_cann, monkeypatch):
+    monkeypatch.setattr(npu.torch, "__version__", "2.12.1+cpu")
+    with pytest.raises(DeviceUnavailable, match=r"libhccl.so: .* \(torch_npu 2.13.0 wants torch==2.13.0, this is torch 2.12.1\+cpu\)"):
+        select("npu")
+    npu._load.cache_clear()
+    monkeypatch.setattr(npu.torch, "__version__", "2.13.0")
+    assert "wants" not in npu._load()
+
+
+def test_auto_warns_when_it_passes_over_an_npu_that_the_machine_is_set_up_for(no_cann):
+    with pytest.warns(UserWarning, match="auto passes over npu: torch_npu does not load: libhccl"):
+        assert select("auto").kind in ("cpu", "cuda")
+
+
+def test_hccl_waits_as_long_as_the_run_unless_the_user_says_otherwise(monkeypatch):
+    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "HCCL_BUFFSIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    device = object.__new__(NpuDevice)  # where torch_npu is not loaded, torch has no name for it
+    assert device.process_group_options(timedelta(seconds=20.5), buffer_mb=100) == {}
+    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"], os.environ["HCCL_BUFFSIZE"]) == ("120", "21", "100")
+    device.process_group_options(timedelta(seconds=630))
+    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]) == ("120", "21")
+    monkeypatch.delenv("HCCL_CONNECT_TIMEOUT")
+    device.process_group_options(timedelta(hours=9))
+    assert os.environ["HCCL_CONNECT_TIMEOUT"] == "7200"
 
 
 def test_volta_has_no_bf16():

@@ -52,6 +52,24 @@ def test_uneven_ranks_get_disjoint_cores_that_cover_the_machine():
     assert sorted(threads for _, threads in parts) == [2, 3, 3]
 
 
+def pci(root: Path, address: str, *, vendor: str, kind: str, node: int) -> None:
+    folder = root / "sys/bus/pci/devices" / address
+    folder.mkdir(parents=True)
+    for name, value in {"vendor": vendor, "class": kind, "numa_node": str(node)}.items():
+        (folder / name).write_text(value + "\n")
+
+
+def test_the_node_of_a_kind_of_device_is_known_when_all_hang_on_it(tmp_path):
+    assert cores.only_node("0x19e5", "0x1200", tmp_path) is None
+    pci(tmp_path, "0000:81:00.0", vendor="0x19e5", kind="0x120000", node=2)
+    pci(tmp_path, "0000:82:00.0", vendor="0x19e5", kind="0x120000", node=2)
+    pci(tmp_path, "0000:83:00.0", vendor="0x19e5", kind="0x020000", node=0)  # a network card
+    pci(tmp_path, "0000:84:00.0", vendor="0x10de", kind="0x030200", node=1)
+    assert cores.only_node("0x19e5", "0x1200", tmp_path) == 2
+    pci(tmp_path, "0000:c1:00.0", vendor="0x19e5", kind="0x120000", node=3)
+    assert cores.only_node("0x19e5", "0x1200", tmp_path) is None
+
+
 def test_a_cpuset_leaves_single_hyperthreads(tmp_path):
     root = machine(tmp_path, nodes=1, cores_per_node=4, threads=2)
     found = cores.read_cores(frozenset({1, 2, 5, 7}), root)

@@ -1,6 +1,6 @@
 """aten's NPU kernels carried out by the CPU's, on the same bytes: a stand-in's device memory is host memory.
 
-Only ops for which torch_npu itself has a kernel are replaced; the rest takes the way it takes on hardware, torch_npu's fall back to the CPU.
+Only ops for which torch_npu itself has a kernel are replaced; the rest goes where it goes on hardware, by way of the CPU.
 """
 
 import warnings

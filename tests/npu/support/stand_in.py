@@ -1,9 +1,9 @@
 """A stand-in for an NPU: the real torch_npu over host memory, so that this project's NPU code runs on a machine without one.
 
-`start()` once per process, before anything imports torch_npu. What is real: torch_npu's Python, its op schemas, shapes, autograd and (with
-`kernels=False`) op-plugin's checks of arguments. What is not: the kernels' arithmetic, HCCL, asynchrony, memory limits, speed.
-With kernels, `npu::` ops are the plain formulas of `npu_references.py` and `npu_collective_references.py` (each a dict REFERENCES of op name
--> function of CPU tensors over the same bytes), and one without a formula raises. `calls` counts every op that was called.
+`start()` once per process, before anything imports torch_npu. What is real: torch_npu's Python, its op schemas, shapes, autograd and
+(with `kernels=False`) op-plugin's checks of arguments. What is not: the kernels' arithmetic, HCCL, asynchrony, memory limits, speed.
+With kernels, `npu::` ops are the plain formulas of `npu_references.py` and `npu_collective_references.py` (each a dict REFERENCES of op
+name -> function of CPU tensors over the same bytes), and one without a formula raises. `calls` counts every op that was called.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""Python imports this at its start when this folder is on PYTHONPATH: `import torch_npu` then brings the stand-in up, and nothing else changes.
+"""Python imports this at its start when this folder is on PYTHONPATH: `import torch_npu` then brings the stand-in up.
 
 A process that never asks for an NPU pays nothing, and one that does finds torch_npu as late as it would on hardware.
 """
