@@ -16,12 +16,15 @@ import stand_in
 stand_in.start()
 
 import checks  # noqa: E402
+import formulas  # noqa: E402
+import npu_table  # noqa: E402
 import schemas  # noqa: E402
 import torch  # noqa: E402
 from cases import BY_NAME, CASES, WRAPPERS  # noqa: E402
 from mutations import MUTATIONS  # noqa: E402
 
 from llmtrain.ops import Call, choose, implementations, op_names  # noqa: E402
+from llmtrain.ops.npu import attention  # noqa: E402
 from llmtrain.ops.npu.gateway import NAME  # noqa: E402
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -126,11 +129,41 @@ def test_every_mistake_is_caught(mutation, host, caught):
     assert columns, f"{mutation.name}: nothing notices"
 
 
-def test_every_wrapper_and_column_has_its_mistakes(caught):
+def test_every_wrapper_and_column_has_its_mistakes_and_the_page_shows_them(caught, request):
     if len(caught) < len(MUTATIONS):
         pytest.skip("needs all mistakes to have been tried in this process")
+    rows = [f"| {wrapper} | {name} | {', '.join(columns)} |" for name, (wrapper, columns) in sorted(caught.items(), key=lambda i: i[1][0])]
+    table = "\n".join(["| wrapper | mistake | noticed by |", "|---|---|---|", *rows])
+    if request.config.getoption("--write-table", default=False):
+        npu_table.replace("mistakes", table)
+    assert npu_table.section("mistakes") == table, "docs/npu-checks.md is not up to date: make test-npu ARGS=--write-table"
     assert {wrapper for wrapper, _ in caught.values()} == set(WRAPPERS)
     assert set(Counter(column for _, columns in caught.values() for column in columns)) == set(COLUMNS)
+
+
+def test_more_documents_than_a_call_takes(monkeypatch):
+    monkeypatch.setattr(attention, "MOST_DOCUMENTS", 2)
+    assert sum(seen.op == "npu_fusion_attention" for seen in checks.recorded(BY_NAME["attention-documents-window"])) == 2
+    checks.numerics(BY_NAME["attention-documents-window"], torch.float32)
+    checks.gradients(BY_NAME["attention-documents-window"], torch.float32)
+    checks.numerics(BY_NAME["attention-documents-lse"], torch.float32)
+
+
+def test_the_fused_optimizer_is_a_kernel_of_the_npu(host):
+    """Without one, torch.optim.AdamW(fused=True) would run on the CPU. The step itself against the formula."""
+    assert host["adamw"] == "" and host["adamw kernel"]
+    torch.manual_seed(0)
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}
+    start, grads = torch.randn(4, 3, dtype=torch.float64), [torch.randn(4, 3, dtype=torch.float64) for _ in range(3)]
+    weight = torch.nn.Parameter(start.float().npu())
+    choice = choose("adamw", Call(device="npu", dtype=torch.bfloat16, parameter_dtype=torch.float32))
+    optimizer = choice.function([{"params": [weight], "weight_decay": 0.1}], **options)
+    for grad in grads:
+        weight.grad = grad.float().npu()
+        optimizer.step()
+    exact = formulas.adamw(start.float().double(), [grad.float().double() for grad in grads], decay=0.1, **options)
+    checks.compare("adamw", weight, exact, 2e-6)
+    assert choice.name == "fused"
 
 
 @pytest.mark.parametrize("op", [op for op in op_names() if NAME in [entry.name for entry in implementations(op)]])

@@ -30,4 +30,18 @@ def refusal(case, change) -> str:
 torch.set_num_threads(1)
 found = {case.name: refusal(case, None) for case in CASES}
 found |= {mutation.name: refusal(BY_NAME[mutation.case], mutation.change) for mutation in MUTATIONS}
+
+
+def optimizer_refusal() -> str:
+    weight = torch.nn.Parameter(torch.ones(3, device="npu"))
+    weight.grad = torch.ones_like(weight)
+    try:
+        torch.optim.AdamW([weight], fused=True).step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+found["adamw"] = optimizer_refusal()
+found["adamw kernel"] = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_adamw_", "PrivateUse1")
 json.dump(found, sys.stdout)

@@ -118,7 +118,7 @@ MUTATIONS = [
     Mutation("eps in the place of epsilon", "rms_norm", only("npu_rms_norm", lambda x, weight, eps: ((x, weight), {"eps": eps}))),
     Mutation("1 / rms in the place of the sum", "add_rms_norm", after("npu_add_rms_norm", swapped(1, 2))),
     Mutation("norm and sum swapped", "add_rms_norm", after("npu_add_rms_norm", swapped(0, 2))),
-    Mutation("x in the place of the sum", "add_rms_norm", positional("npu_rms_norm_backward", 1, lambda dy, x, *_: x + 1)),
+    Mutation("another tensor in the place of the sum", "add_rms_norm", positional("npu_rms_norm_backward", 1, lambda dy, x, *_: x + 1)),
     Mutation("pairs rotated, not halves", "rope", positional("npu_rotary_mul", 3, lambda *_: "interleave")),
     Mutation("rotated backwards", "rope", positional("npu_rotary_mul", 2, lambda x, cos, sin, _: -sin)),
     Mutation("cos and sin swapped", "rope", only("npu_rotary_mul", lambda x, cos, sin, mode: ((x, sin, cos, mode), {}))),

@@ -54,9 +54,13 @@ def npu_swiglu_backward(grad_output, input, dim=-1):
 
 @reference
 def npu_rotary_mul(input, r1, r2, rotary_mode="half", rotate=None):
-    assert rotary_mode == "half" and rotate is None and input.dtype == r1.dtype == r2.dtype
-    first, second = input.chunk(2, -1)
-    return input * r1 + torch.cat((-second, first), -1) * r2
+    assert rotate is None and input.dtype == r1.dtype == r2.dtype
+    if rotary_mode == "interleave":
+        turned = torch.stack((-input[..., 1::2], input[..., ::2]), -1).flatten(-2)
+    else:
+        first, second = input.chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+    return input * r1 + turned * r2
 
 
 @reference
@@ -64,10 +68,11 @@ def npu_cross_entropy_loss(
     input, target, weight=None, reduction="mean", ignore_index=-100, label_smoothing=0.0, lse_square_scale_for_zloss=0.0, return_zloss=False
 ):
     """A negative ignore_index means that nothing is ignored, so every target has to be a label."""
-    assert weight is None and reduction == "none" and label_smoothing == 0 and lse_square_scale_for_zloss == 0 and not return_zloss
+    assert weight is None and label_smoothing == 0 and lse_square_scale_for_zloss == 0 and not return_zloss
     assert ignore_index < 0 and bool(((target >= 0) & (target < input.shape[1])).all()), "target outside of the labels"
     log_prob = torch.log_softmax(input.float(), -1)
     loss = -log_prob.gather(1, target[:, None])[:, 0]
+    loss = {"none": loss, "sum": loss.sum()[None], "mean": loss.mean()[None]}[reduction]
     empty = input.new_empty(0)
     return loss.to(input.dtype), log_prob.to(input.dtype), empty, empty.clone()
 
