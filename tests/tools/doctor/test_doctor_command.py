@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.tools.doctor import smoke
+from llmtrain.tools.doctor.machine import Verdict
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -16,9 +19,9 @@ def doctor(*words, cwd, env=None):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         variables.pop(name, None)
     command = [sys.executable, "-c", "import sys; sys.path.pop(0); from llmtrain.cli import main; code = main(sys.argv[1:]); "
-               "print('TORCH' if 'torch' in sys.modules else ''); sys.exit(code)", "doctor", *words]  # fmt: skip
+               "print('parent-has-torch' if 'torch' in sys.modules else ''); sys.exit(code)", "doctor", *words]  # fmt: skip
     done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600)
-    assert "TORCH" not in done.stdout, "the parent has imported torch"
+    assert "parent-has-torch" not in done.stdout, "the parent has imported torch"
     return done
 
 
@@ -70,4 +73,37 @@ def test_under_torchrun_the_ranks_test_together(tmp_path):
     words = ["doctor", "--device", "cpu", "--json", "report.json"]
     done = subprocess.run([*command, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert lines_of(tmp_path / "report.json")["collectives", "gloo, 2 ranks"]["verdict"] == "OK", done.stdout + done.stderr
-    assert done.stdout.count("nothing wrong") + done.stdout.count(" wrong, ") == 1
+    assert done.stdout.count("docs/doctor.md explains") == 1 and done.returncode == 0
+
+
+TWO_NODES = """
+import os, socket, sys, time
+rank, true = int(os.environ["RANK"]), time.time
+socket.gethostname = lambda: f"node{rank}"
+os.environ["LOCAL_RANK"] = "0"
+time.time = lambda: true() + 100 * rank
+sys.argv = ["smoke_rank", sys.argv[1], "cpu", "60", sys.argv[1] + "lines"]
+from llmtrain.tools.doctor import smoke_rank
+smoke_rank.main()
+"""
+
+
+def test_clocks_and_findings_of_two_nodes(tmp_path):
+    (tmp_path / "node.py").write_text(TWO_NODES)
+    line = {"group": "ascend", "name": "CANN", "verdict": "WRONG", "text": "not found", "fix": "install it"}
+    (tmp_path / "lines").write_text(json.dumps([line]))
+    code = (
+        "import sys; from llmtrain.tools.launch import run_local; "
+        "sys.exit(run_local(sys.argv[2:], 2, command=[sys.executable, sys.argv[1]]))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env.pop("RANK", None)
+    command = [sys.executable, "-c", code, str(tmp_path / "node.py"), f"{tmp_path}/"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    (host, (ahead, within)), *more = results[0]["clocks"].items()
+    assert (host, more) == ("node1", []) and abs(ahead - 100) <= within + 0.01
+    outcome = smoke.judge("cpu", 2, results, "")
+    assert [found.name for found in outcome.lines if found.verdict is Verdict.WRONG] == ["of node1"]
+    assert outcome.others == {"node1": [line]}
