@@ -49,17 +49,23 @@ def rows(ranks: int, device: str) -> list[Row]:
 def settings(row: Row, *, ranks: int, precision: str) -> dict:
     """The run of a row as nested options: a transformer with heads, layers, experts and rows for `ranks` ranks along any axis."""
     heads = ranks * max(1, 4 // ranks)
-    ffn = {**MOE, "experts": max(4, ranks)} if row.moe else {"hidden": ranks * max(1, 48 // ranks)}
+    ffn = {**MOE, "experts": ranks * max(1, 4 // ranks)} if row.moe else {"hidden": ranks * max(1, 48 // ranks)}
     model = {
         "vocab_size": 61 if ranks <= 8 else 8 * ranks - 3,
         "layers": max(3, ranks),
         "hidden": 8 * heads,
-        "attention": {"heads": heads, "kv_heads": 2 if heads % 2 == 0 else 1, "qk_norm": True},
+        "attention": {"heads": heads, "kv_heads": 2 if ranks & (ranks - 1) == 0 else heads, "qk_norm": True},
         "ffn": ffn,
         "norm": {"placement": "depth_scaled_sandwich"},
         "init": {"kind": "normal", "std": 0.1},
     }
-    train = {"steps": STEPS, "seq_len": ranks * max(1, 24 // ranks), "global_batch": 2 * max(4, ranks), "micro_batch": 2, "loss_chunk": 16}
+    train = {
+        "steps": STEPS,
+        "seq_len": ranks * max(1, 24 // ranks),
+        "global_batch": 2 * ranks * max(1, 4 // ranks),
+        "micro_batch": 2,
+        "loss_chunk": 16,
+    }
     train["compile"] = "off"
     return {"model": model, "train": train, "optim": {"lr": 0.01}, "precision": precision, "parallel": row.parallel}
 
