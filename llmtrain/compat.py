@@ -191,6 +191,16 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor has products of bf16 (AVX512-BF16, AMX or Arm BF16). Older torch knows of x86 processors only."""
+    import torch
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        flags = torch.cpu.get_capabilities()
+        return any(bool(flags.get(name)) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def compile_seconds() -> float:
     """Seconds that this process has spent in torch.compile so far; 0 where this torch does not tell."""
     import sys

@@ -6,11 +6,11 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
+from llmtrain.compat import cpu_multiplies_bf16
 from llmtrain.device.base import Device, Memory
 
 
@@ -83,8 +83,7 @@ class CpuDevice(Device):
 @cache
 def has_bf16_instructions() -> bool:
     """Whether the processor multiplies bf16 itself (AVX512-BF16, AMX or Arm BF16)."""
-    flags: Any = torch.cpu.get_capabilities()
-    return any(bool(flags.get(name)) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return cpu_multiplies_bf16()
 
 
 @cache
