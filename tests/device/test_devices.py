@@ -7,7 +7,6 @@ from datetime import timedelta
 import pytest
 import torch
 
-from llmtrain import compat
 from llmtrain.device import DeviceUnavailable, Memory, npu, register, select
 from llmtrain.device.base import Accelerator, Device
 from llmtrain.device.cuda import CudaDevice, unsupported_dtype
@@ -227,12 +226,3 @@ class TestCpu:
         finally:
             device.deterministic(False)
         assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_both_ways_to_ask_for_bf16_products_agree(monkeypatch):
-    """torch.cpu.get_capabilities is not in the oldest supported torch, whose private questions are asked there."""
-    if not hasattr(torch.cpu, "get_capabilities"):
-        pytest.skip(f"torch {torch.__version__} has one way only")
-    new = compat.cpu_multiplies_bf16()
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert compat.cpu_multiplies_bf16() == new
