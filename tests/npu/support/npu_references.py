@@ -183,6 +183,13 @@ def npu_moe_token_unpermute_grad_v2(
 
 
 @reference
+def npu_gather_backward(grad, self_size, dim, index, sparse_grad):
+    """The gradient of torch.gather, for which torch_npu has a node of its own."""
+    assert not sparse_grad
+    return torch.zeros(tuple(self_size), dtype=grad.dtype).scatter_add(dim, index, grad)
+
+
+@reference
 def npu_moe_gating_top_k_softmax(x, finished=None, k=1):
     assert finished is None
     values, ids = torch.softmax(x.float(), -1).topk(k, -1)
