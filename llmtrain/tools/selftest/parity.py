@@ -13,6 +13,8 @@ from llmtrain.tools.selftest.work import Job, Result
 LOSS, GRADIENT, FACTOR = 1e-10, 1e-9, 5.0
 """Relative, in float64; and how many times the spread of one process in float32 a mesh may differ."""
 STEPS, NUDGES = 8, (1, 2, 3)
+OTHER = {"cuda": {"tp_kind": "symm_mem"}, "npu": {"tp_kind": "chunked"}}
+"""What a device can do besides what `auto` takes."""
 MOE = {"kind": "moe", "top_k": 2, "hidden": 16}
 
 
@@ -27,8 +29,8 @@ class Row:
     def name(self) -> str:
         """`tp 2`, or `dp_shard 2 x ep 2, MoE`."""
         words = " x ".join(f"{axis} {n}" for axis, n in self.parallel.items() if isinstance(n, int)) or "one rank"
-        kind = self.parallel.get("cp_kind")
-        return words + (f" ({kind})" if kind else "") + (", MoE" if self.moe else "")
+        kinds = [kind for kind in self.parallel.values() if isinstance(kind, str)]
+        return words + (f" ({', '.join(kinds)})" if kinds else "") + (", MoE" if self.moe else "")
 
 
 def rows(ranks: int, device: str) -> list[Row]:
@@ -39,6 +41,8 @@ def rows(ranks: int, device: str) -> list[Row]:
     n, found = ranks, [Row({axis: ranks}) for axis in ("dp_shard", "dp_replicate", "tp", "pp")]
     found += [Row({"cp": n, "cp_kind": kind}) for kind in ("all_gather", "ring", "ulysses")]
     found += [Row({"dp_shard": n, "ep": n}, moe=True), Row({"tp": n, "ep": n}, moe=True)]
+    if device in OTHER:
+        found.append(Row({"tp": n, **OTHER[device]}))
     if n % 2 == 0 and n > 2:
         half = n // 2
         found += [Row({"dp_shard": half, "tp": 2}), Row({"pp": 2, "dp_shard": half}), Row({"pp": 2, "tp": half})]
