@@ -1,5 +1,6 @@
 """The self-test on this machine's CPU, as a user runs it: sound kernels pass, a broken one from a plugin is found."""
 
+import math
 import os
 import subprocess
 import sys
@@ -57,7 +58,8 @@ def test_speed_is_measured(sound):
     assert lines["matmul 1024 fp32"]["flops"] > 1e8 and lines["memory"]["bytes_per_second"] > 1e7
     assert lines["all-reduce 1 MiB"]["right"] is True
     for name in ("train, 1 rank", "train, 2 ranks"):
-        assert lines[name]["tokens_per_second"] > 10 and lines[name]["losses"][-1] < lines[name]["losses"][0]
+        assert lines[name]["tokens_per_second"] > 10
+        assert all(abs(loss - math.log(2048)) < 0.5 for loss in lines[name]["losses"])  # of random tokens
 
 
 def test_no_name_of_the_machine_is_in_the_file(sound):
