@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 
 SPLIT_BY_TP = ("tp", "ep", "etp")
 """Axes of a parameter's mesh whose ranks compute its whole gradient: every other parameter's is a partial sum on each rank of tp."""
+PIECE = 2**18
+"""Elements of a gradient that a norm adds up at once on the CPU, which adds floats in turn: 16.8 M of them come out 7e-4 too small."""
 
 
 def partial_over_tp(parameter: nn.Parameter) -> bool:
@@ -43,6 +45,10 @@ def square_sum(gradients: Sequence[Tensor], held_by: Sequence[int]) -> float:
     """This rank's share of the squared norm: gradients that `held_by[i]` ranks hold count for one."""
     total = 0.0
     for count in sorted(set(held_by)):
-        norm = torch.nn.utils.get_total_norm([g for g, n in zip(gradients, held_by) if n == count])
+        norm = torch.nn.utils.get_total_norm([piece for g, n in zip(gradients, held_by) if n == count for piece in _pieces(g)])
         total += norm.item() ** 2 / count
     return total
+
+
+def _pieces(gradient: Tensor) -> Sequence[Tensor]:
+    return gradient.reshape(-1).split(PIECE) if gradient.device.type == "cpu" else [gradient]

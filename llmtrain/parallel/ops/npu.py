@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.compat import hccl_name
-from llmtrain.ops.npu.gateway import fused
+from llmtrain.ops.npu import gateway
 from llmtrain.parallel.ops.implementations import Chunked, Demand, Products
 from llmtrain.parallel.ops.npu_limits import refuse_pairs
 from llmtrain.parallel.ops.pending import Pending
@@ -40,7 +40,7 @@ class MC2(Chunked):
         widest = max(range(len(matrices)), key=lambda index: matrices[index].shape[1])
         several = len(matrices) > 1
         # The operator takes no transposed rows, but transposed matrices.
-        product, gathered = fused("npu_all_gather_base_mm")(
+        product, gathered = gateway.fused("npu_all_gather_base_mm")(
             rows.contiguous(), matrices[widest], hccl_name(self.group), self.group.size(), gather_index=0, gather_output=keep or several
         )
         products = [product if index == widest else _product(gathered, matrix) for index, matrix in enumerate(matrices)]
@@ -52,7 +52,7 @@ class MC2(Chunked):
         if several:
             rows, matrix = torch.cat([rows for rows, _ in pairs], 1), torch.cat([matrix for _, matrix in pairs])
         name, ranks = hccl_name(self.group), self.group.size()
-        return Pending(fused("npu_mm_reduce_scatter_base")(rows.contiguous(), matrix, name, ranks, reduce_op="sum"))
+        return Pending(gateway.fused("npu_mm_reduce_scatter_base")(rows.contiguous(), matrix, name, ranks, reduce_op="sum"))
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:

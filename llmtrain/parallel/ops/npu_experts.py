@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrain.compat import hccl_name
-from llmtrain.ops.npu.gateway import fused
+from llmtrain.ops.npu import gateway
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Exchange:
 
     def send_and_multiply(self, rows: Tensor, weight: Tensor, *, transposed: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
         """rows [n,D], weight [e,D,F], or [e,F,D] if `transposed` -> [M,F], and the rows as they arrived [M,D] if `keep`."""
-        product, _, arrived = fused("npu_alltoallv_gmm")(
+        product, _, arrived = gateway.fused("npu_alltoallv_gmm")(
             rows.contiguous(),
             weight.contiguous(),
             hccl_name(self.group),
@@ -56,7 +56,7 @@ class Exchange:
 
     def multiply_and_return(self, rows: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
         """rows [M,F], weight [e,F,D], or [e,D,F] if `transposed` -> [n,D] in the order in which this rank sent its rows."""
-        product, _ = fused("npu_gmm_alltoallv")(
+        product, _ = gateway.fused("npu_gmm_alltoallv")(
             rows.contiguous(),
             weight.contiguous(),
             hccl_name(self.group),
@@ -74,7 +74,7 @@ class Exchange:
         if len(self.counts) == 1:  # the operator takes no single group
             return (rows.t() @ grad)[None]
         by_sum = {"split_item": 3, "group_type": 2, "group_list_type": 1}  # one result; groups split the rows; sizes, not running sums
-        return fused("npu_grouped_matmul")([rows.t()], [grad.contiguous()], group_list=self.counts, **by_sum)[0]
+        return gateway.fused("npu_grouped_matmul")([rows.t()], [grad.contiguous()], group_list=self.counts, **by_sum)[0]
 
 
 def alltoallv_matmul(rows: Tensor, weights: Sequence[Tensor], exchange: Exchange) -> tuple[Tensor, ...]:

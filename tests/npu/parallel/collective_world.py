@@ -5,17 +5,21 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from sameness import replaced
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from llmtrain.device import select
 from llmtrain.model.experts import Experts
 from llmtrain.ops import Call, resolve
+from llmtrain.ops.npu import gateway
 from llmtrain.parallel import ops
 from llmtrain.parallel.ep_fused import FusedExperts
-from llmtrain.parallel.ops import npu_experts
+from llmtrain.parallel.ops import npu_experts, npu_limits
 
-WIDTHS = (12, 20, 10)
+FUSED, OF = gateway.fused, npu_experts.Exchange.of
+WIDTHS = (12, 16, 10)
+"""Of products from 16: the second is square, so that no shape tells whether it is transposed."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -36,6 +40,16 @@ def in_world(cases: dict[str, dict]) -> dict[str, dict]:
         dist.all_gather_object(everyone, differences)
         found[name] = {"differences": {key: max(one[key] for one in everyone) for key in differences}, "calls": dict(stand_in.calls)}
     return found
+
+
+def train_all(scenarios: dict[str, dict]) -> dict[str, dict]:
+    """As npu_world.train_all, where the operators have no limits but what the stand-in's formulas compute."""
+    import npu_world
+
+    every, ranks = (torch.float64, torch.float32, torch.bfloat16), {"Atlas A2": (2,), "Atlas A3": (2,)}
+    npu_limits.PAIRS = replace(npu_limits.PAIRS, dtypes=every, ranks=ranks, sums=range(1, 65535))
+    npu_limits.EXCHANGE = replace(npu_limits.EXCHANGE, dtypes=every, ranks=ranks, sent=range(1, 100 << 20))
+    return npu_world.train_all(scenarios)
 
 
 def random(*sizes: int, seed: int) -> Tensor:
@@ -101,7 +115,7 @@ def matmul_scatter(group, device, *, dtype: str, batch: int, length: int) -> dic
     }
 
 
-EXPERTS, D, F, K = 4, 8, 12, 2
+EXPERTS, D, K = 4, 8, 2
 
 
 def mixture(x: Tensor, probs: Tensor, ids: Tensor, weights: list[Tensor]) -> Tensor:
@@ -120,7 +134,15 @@ def mixture(x: Tensor, probs: Tensor, ids: Tensor, weights: list[Tensor]) -> Ten
 
 
 def fused_experts(
-    group, device, *, dtype: str, sizes: list[int], activation: str = "swiglu", avoided: tuple[int, ...] = (), sharded: bool = False
+    group,
+    device,
+    *,
+    dtype: str,
+    sizes: list[int],
+    activation: str = "swiglu",
+    avoided: tuple[int, ...] = (),
+    sharded: bool = False,
+    width: int = 12,
 ) -> dict[str, float]:
     """FusedExperts on `sizes[rank]` tokens of each rank, none of which chooses an expert of `avoided`."""
     ranks, me, leaves = group.size(), group.rank(), Leaves(device, dtype)
@@ -129,14 +151,14 @@ def fused_experts(
     scores = random(tokens, EXPERTS, seed=3)
     scores[:, list(avoided)] = -torch.inf
     probs, ids = scores.softmax(1).topk(K, dim=1)
-    shapes = [(EXPERTS, D, F)] * (2 if activation == "swiglu" else 1) + [(EXPERTS, F, D)]
+    shapes = [(EXPERTS, D, width)] * (2 if activation == "swiglu" else 1) + [(EXPERTS, width, D)]
     weights = [leaves.exact(0.5 * random(*shape, seed=10 + i)) for i, shape in enumerate(shapes)]
     whole = [tensor.clone().requires_grad_() for tensor in (x, leaves.exact(probs), *weights)]
     expected = mixture(whole[0], whole[1], ids, whole[2:])
     expected.backward(grad)
 
-    call = Call(device="npu", dtype=leaves.dtype, expert_widths=(D, F))
-    experts = Experts(held, D, F, ops=resolve({}, call), activation=activation).to(device)
+    call = Call(device="npu", dtype=leaves.dtype, expert_widths=(D, width))
+    experts = Experts(held, D, width, ops=resolve({}, call), activation=activation).to(device)
     names = ["gate_proj"] * (activation == "swiglu") + ["up_proj", "down_proj"]
     with torch.no_grad():
         for name, weight in zip(names, weights):
@@ -169,50 +191,17 @@ def faulty(group, device, *, fault: str, of: str, **case) -> dict[str, float]:
     return {"worst": max(found.values())}
 
 
-class _Replaced:
-    """`owner.name` is `value` for a while."""
-
-    def __init__(self, owner, name: str, value):
-        self.owner, self.name, self.value = owner, name, value
-
-    def __enter__(self):
-        self.before = self.owner.__dict__[self.name] if isinstance(self.owner, type) else getattr(self.owner, self.name)
-        setattr(self.owner, self.name, self.value)
-
-    def __exit__(self, *error):
-        setattr(self.owner, self.name, self.before)
-
-
-def _operators(change):
-    """The operators that parallel.ops calls, with arguments changed by `change(name, args, options)`."""
-    from llmtrain.ops.npu import gateway
-    from llmtrain.parallel.ops import npu
+def _change(names: tuple[str, ...], how):
+    """The operators `names` get their arguments (a list, and those by name) changed by `how`."""
 
     def fused(name):
         def call(*args, **options):
-            args, options = change(name, list(args), dict(options))
-            return gateway.fused(name)(*args, **options)
+            args, options = how(list(args), options) if name in names else (args, options)
+            return FUSED(name)(*args, **options)
 
         return call
 
-    class Both:
-        def __enter__(self):
-            self.parts = [_Replaced(module, "fused", fused) for module in (npu, npu_experts)]
-            for part in self.parts:
-                part.__enter__()
-
-        def __exit__(self, *error):
-            for part in self.parts:
-                part.__exit__(*error)
-
-    return Both()
-
-
-def _change(names: tuple[str, ...], how):
-    def change(name, args, options):
-        return how(args, options) if name in names else (args, options)
-
-    return lambda: _operators(change)
+    return lambda: replaced(gateway, "fused", fused)
 
 
 def _swap_counts(args, options):
@@ -235,6 +224,12 @@ def _square(args, options):
     return args, options
 
 
+def _by_expert(counts, group, grouped_mm):
+    """Received counts read as [expert][rank] where they come as [rank][expert]."""
+    right = OF(counts, group, grouped_mm)
+    return replace(right, arriving=torch.tensor(right.arriving).view(group.size(), -1).t().flatten().tolist())
+
+
 PAIRS, EXCHANGE = ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base"), ("npu_alltoallv_gmm", "npu_gmm_alltoallv")
 FAULTS = {
     "no fault": _change((), None),
@@ -246,16 +241,5 @@ FAULTS = {
     "mean for sum": _change(PAIRS[1:], lambda args, options: (args, options | {"reduce_op": "mean"})),
     "transposed weights of experts": _change(EXCHANGE, _untransposed),
     "transposed weight of a pair": _change(PAIRS, _square),
-    "counts by expert first": lambda: _Replaced(npu_experts.Exchange, "of", classmethod(_by_expert)),
+    "counts by expert first": lambda: replaced(npu_experts.Exchange, "of", _by_expert),
 }
-
-
-def _by_expert(cls, counts, group, grouped_mm):
-    """Received counts read as [expert][rank] where they come as [rank][expert]."""
-    right = _OF(counts, group, grouped_mm)
-    ranks = group.size()
-    arriving = torch.tensor(right.arriving).view(ranks, -1).t().flatten().tolist()
-    return replace(right, arriving=arriving)
-
-
-_OF = npu_experts.Exchange.of

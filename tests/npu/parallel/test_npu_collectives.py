@@ -1,6 +1,26 @@
-"""Products joined with collectives by torch_npu's operators, in worlds of 2 NPUs, against formulas in float64."""
+"""Products joined with collectives by torch_npu's operators: in worlds of 2 NPUs against formulas in float64, and their calls alone against
+the wheel's schemas, shapes and checks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import stand_in
+
+stand_in.start()
+
+import checks  # noqa: E402
+import collective_cases  # noqa: E402
+import schemas  # noqa: E402
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+from llmtrain.compat import fake_world  # noqa: E402
+
+SUPPORT = Path(__file__).parents[1] / "support"
 
 GATHER, SCATTER, EXPERTS = "gather_matmul", "matmul_scatter", "fused_experts"
 BOUNDS = {"fp32": 2e-6, "bf16": 2e-2}
@@ -27,6 +47,11 @@ OPERATORS = {
     SCATTER: ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base"),
     EXPERTS: ("npu_alltoallv_gmm", "npu_gmm_alltoallv"),
 }
+WRAPPERS = {
+    GATHER: ["all_gather_matmul"],
+    SCATTER: ["matmul_reduce_scatter"],
+    EXPERTS: ["alltoallv_matmul", "matmul_alltoallv"],
+}
 FAULTS = {
     "no fault": EXPERTS,
     "swapped counts, there": EXPERTS,
@@ -36,13 +61,28 @@ FAULTS = {
     "wrong gather index": GATHER,
     "mean for sum": SCATTER,
     "transposed weights of experts": EXPERTS,
+    "transposed weight of a pair": GATHER,
     "counts by expert first": EXPERTS,
 }
 
 
 def faulty(fault: str, check: str) -> dict:
-    shape = {"sizes": [7, 12]} if check == EXPERTS else {"batch": 2, "length": 8}
+    shape = {"sizes": [7, 12], "width": 8} if check == EXPERTS else {"batch": 2, "length": 8}
     return {"check": "faulty", "fault": fault, "of": check, "dtype": "fp32", **shape}
+
+
+def cells(columns: list[str]):
+    """The cases with the cells of the table that they fill."""
+    marks = {
+        name: [pytest.mark.npu_check(wrapper, column) for wrapper in WRAPPERS[case["check"]] for column in columns]
+        for name, case in CASES.items()
+    }
+    return [pytest.param(name, marks=marks[name]) for name in CASES]
+
+
+def calls(column: str):
+    """The calls of operators, each with its cell."""
+    return [pytest.param(c, id=c.name, marks=pytest.mark.npu_check(c.wrapper, column)) for c in collective_cases.CASES]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +91,7 @@ def two(npu_world):
     return npu_world("collective_world:in_world", 2, cases=CASES | faults)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cells(["numerics", "gradients", "2-process"]))
 def test_results_and_gradients_are_those_of_the_formulas(case, two):
     bound = BOUNDS[CASES[case]["dtype"]]
     assert {name: value for name, value in two[case]["differences"].items() if not value < bound} == {}
@@ -62,3 +102,53 @@ def test_results_and_gradients_are_those_of_the_formulas(case, two):
 def test_faults_are_seen(fault, two):
     worst = two[fault]["differences"]["worst"]
     assert worst < 2e-6 if fault == "no fault" else worst > 1e-2
+
+
+@pytest.mark.parametrize("case", calls("fake"))
+def test_shapes_are_those_of_the_meta_kernels(case):
+    with fake_world(0, collective_cases.RANKS), FakeTensorMode(allow_non_fake_inputs=True):
+        outs = case.call(lambda *sizes: torch.empty(sizes, dtype=torch.bfloat16, device="npu"))
+        assert [tuple(out.shape) for out in outs] == case.shapes
+        assert all(out.device.type == "npu" and out.dtype == torch.bfloat16 for out in outs)
+
+
+@pytest.mark.parametrize("case", calls("schema"))
+def test_calls_fit_the_schemas(case):
+    """Of the torch_npu here and of the other versions; where one has no such operator, it has no wrapper either."""
+    seen = []
+
+    def note(name, operator):
+        def call(*args, **options):
+            seen.append(checks.Seen(name, args, options))
+            return operator(*args, **options)
+
+        return call
+
+    with fake_world(0, collective_cases.RANKS), checks.between(note), FakeTensorMode(allow_non_fake_inputs=True):
+        case.call(lambda *sizes: torch.empty(sizes, dtype=torch.bfloat16, device="npu"))
+    assert seen
+    for version, known in {"loaded": schemas.loaded(), **{version: schemas.stored(version) for version in schemas.VERSIONS}}.items():
+        problems = [schemas.problem(call, known) for call in seen]
+        assert [p for p in problems if p and not (p.endswith("does not exist") and version != "loaded")] == [], version
+
+
+@pytest.fixture(scope="module")
+def host():
+    """What torch_npu's own C++ says to every call, and to faults in the first of each wrapper."""
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SUPPORT / "collective_host.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+@pytest.mark.parametrize("case", calls("host"))
+def test_the_checks_in_cpp_pass(case, host):
+    assert host[case.name] == ""
+
+
+def test_the_checks_in_cpp_see_matrices_that_are_none(host):
+    assert "required to be 2D" in host["all_gather_matmul: rows of three dims"]
+    assert "required to be 2D" in host["matmul_reduce_scatter: rows of three dims"]
+    for wrapper in ("alltoallv_matmul", "matmul_alltoallv"):
+        assert "Dimension out of range" in host[f"{wrapper}: matrices of too few dims"]
