@@ -11,7 +11,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test parity lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test test-torch parity lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -54,6 +54,11 @@ smollm2: install
 
 test: install-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8
+
+# The same with another torch, in an environment of its own: make test-torch TORCH_VERSION=2.10.0 (docs/torch-versions.md)
+test-torch:
+	@test -n "$(TORCH_VERSION)" || { echo "make test-torch: say which, as in TORCH_VERSION=2.10.0"; exit 1; }
+	$(MAKE) test VENV=.torch-$(TORCH_VERSION)-venv TORCH=torch==$(TORCH_VERSION)
 
 # Every mesh against one process, in float64 and float32 -> docs/parity.md. About 20 minutes on 2 cores.
 parity: install-test

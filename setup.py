@@ -15,7 +15,7 @@ setup(
     package_dir={"llmtrain_kernels": "kernels"},
     package_data={"llmtrain": ["hardware/*.yaml"]},
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.10",
         "numpy",
         "pydantic>=2.7",
         "pyyaml",

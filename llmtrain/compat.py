@@ -78,10 +78,23 @@ def concatenate_meshes(*meshes: Any) -> Any:
     return DeviceMesh._concatenate(list(meshes))
 
 
+def groups_of(mesh: Any) -> set[Any]:
+    """The process groups of a DeviceMesh made whole (`init_device_mesh`): of its axes and of what was made of it."""
+    if hasattr(mesh, "_pg_registry"):
+        return set(mesh._pg_registry.values())
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return {_resolve_process_group(name) for one in (mesh, *mesh._flatten_mapping.values()) for name in one._dim_group_names}
+
+
 def forget_groups(*meshes: Any) -> None:
-    """Let go of the process groups that DeviceMeshes made whole (`init_device_mesh`) hold. DTensor keeps such meshes in caches for ever."""
+    """Let go of the process groups that DeviceMeshes made whole hold. DTensor keeps such meshes in caches for ever.
+
+    Before torch 2.11 meshes hold names of groups alone.
+    """
     for mesh in meshes:
-        mesh._pg_registry.clear()
+        if hasattr(mesh, "_pg_registry"):
+            mesh._pg_registry.clear()
 
 
 def reduce_fsdp_gradients(module: nn.Module) -> None:
@@ -183,7 +196,7 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
     try:
         from torch.testing._internal.distributed.fake_pg import FakeStore
     except ImportError as error:
-        raise RuntimeError(f"torch {torch.__version__} has no fake process group ({error}); use torch>=2.9") from error
+        raise RuntimeError(f"torch {torch.__version__} has no fake process group ({error}); use torch>=2.10") from error
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         yield
@@ -192,7 +205,7 @@ def fake_world(rank: int, ranks: int) -> Iterator[None]:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the processor has products of bf16 (AVX512-BF16, AMX or Arm BF16). Older torch knows of x86 processors only."""
+    """Whether the processor has products of bf16 (AVX512-BF16, AMX or Arm BF16). torch before 2.11 knows of x86 processors only."""
     import torch
 
     if hasattr(torch.cpu, "get_capabilities"):
@@ -219,7 +232,7 @@ def _call(target: Any, names: tuple[str, ...], value: Any, *, required: bool = T
     if required:
         import torch
 
-        raise RuntimeError(f"torch {torch.__version__} has none of FSDPModule.{', '.join(names)}; use torch>=2.9")
+        raise RuntimeError(f"torch {torch.__version__} has none of FSDPModule.{', '.join(names)}; use torch>=2.10")
 
 
 def all_gather_rows(out: Any, rows: Any, *, group: Any, async_op: bool = False) -> Any:

@@ -48,10 +48,10 @@ def leave(mesh) -> None:
 
     import torch.distributed as dist
 
-    from llmtrain.compat import forget_groups
+    from llmtrain.compat import forget_groups, groups_of
 
     meshes = [m for m in (mesh.device_mesh, mesh.experts) if m is not None]
-    groups = {group for one in meshes for group in one._pg_registry.values()} - {dist.group.WORLD}
+    groups = {group for one in meshes for group in groups_of(one)} - {dist.group.WORLD}
     for group in groups:
         dist.destroy_process_group(group)
     forget_groups(*meshes)
