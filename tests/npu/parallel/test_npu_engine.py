@@ -1,7 +1,7 @@
 """The engine on two NPUs whose collectives and products are torch_npu's joined operators, against one CPU process.
 
-In float64, which the stand-in has and an NPU does not, to the last digits; in float32 within 5 times what a unit of rounding in the initial
-weights does to the CPU's own run (docs/parity.md).
+In float64, which the stand-in has and an NPU does not; and in float32, within 5 times what a unit of rounding in the initial weights
+does to the CPU's own run (docs/parity.md).
 """
 
 import pytest
@@ -18,6 +18,8 @@ MESHES = {
     "ep, full": (Row({"dp_shard": 2, "ep": 2}, "MoE", {"parallel.ep_kind": "fused", "train.recompute": "full"}), EXCHANGE),
     "ep over tp": (Row({"tp": 2, "ep": 2}, "MoE", {"parallel.ep_kind": "fused", "parallel.tp_kind": "mc2"}), PAIR + EXCHANGE),
 }
+GRADIENTS = {"GQA": 1e-9, "GPT": 1e-9, "MoE": 1e-6}
+"""The formula behind npu_grouped_matmul, which gives the experts' weights their gradients, rounds to float32."""
 IN_FLOAT32 = ("tp", "ep")
 NUDGES = (0, 1)
 
@@ -44,7 +46,7 @@ def test_float64_is_the_same(name, npu, cpu):
     (row, operators), run = MESHES[name], npu[f"{name} | fp64"]
     alone = cpu[row.model, "fp64"]
     assert loss_difference(run, alone) < 1e-6  # losses of a world are summed in float32, since an NPU has no float64
-    assert gradient_difference(run, alone) < 1e-9
+    assert gradient_difference(run, alone) < GRADIENTS[row.model]
     assert routing_difference(run, alone)[0] == 0
     assert all(run["calls"].get(operator) for operator in operators), run["calls"]
 
