@@ -99,6 +99,8 @@ class TrainConfig(Section):
     """Sequences per forward pass on one rank."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: nothing, all but matmuls and attention, or whole blocks recomputed in the backward pass."""
+    deterministic: bool = False
+    """Only deterministic kernels and collectives, so that a run repeated gives the same bits; slower, and ops that have none raise."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks: `auto` where it pays within the run's length. The first step of each sequence length takes longer."""
     loss_chunk: PositiveInt | None = None
@@ -158,6 +160,8 @@ class ParallelConfig(Section):
     """Free gathered parameters after the forward pass and gather them again for the backward pass."""
     timeout: PositiveFloat = 600.0
     """Seconds a collective may take before the run is stopped."""
+    hccl_buffer_mb: PositiveInt | None = None
+    """MiB that HCCL keeps per group for sending, and as many again for receiving (HCCL_BUFFSIZE); 200 if not given. For NPUs alone."""
     affinity: Literal["auto", "off"] = "auto"
     """`auto` binds each rank of a machine to processor cores of its own, near its accelerator; `off` leaves that to the launcher."""
     threads: PositiveInt | None = None

@@ -100,7 +100,8 @@ def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
     """Join the world that the launcher described (RANK, WORLD_SIZE, ...; alone without them) and build the mesh."""
     if not dist.is_initialized():
         timeout = timedelta(seconds=cfg.timeout + MARGIN)
-        options = dict(backend=device.collective_backend, timeout=timeout, **device.process_group_options(timeout))
+        named = device.process_group_options(timeout, buffer_mb=cfg.hccl_buffer_mb)
+        options = dict(backend=device.collective_backend, timeout=timeout, **named)
         if "RANK" in os.environ:
             dist.init_process_group(**options)
         else:

@@ -41,6 +41,7 @@ def op_call(cfg: RunConfig, device: Device) -> Call:
         kv_heads=model.kv_heads,
         documents=cfg.data.document_mask,
         window=model.attention.window,
+        deterministic=cfg.train.deterministic,
         expert_widths=(model.hidden, model.ffn.hidden // cfg.parallel.etp) if model.ffn.kind == "moe" else (),
     )
 
@@ -73,6 +74,8 @@ class Session:
         self.console.message(f"device: {self.device.describe()}")
         self.console.message(f"cores: {self.cores}")
         self.console.message(f"mesh: {self.mesh.shape.describe()} ({self.mesh.device.collective_backend}), engine {self.cfg.engine.kind}")
+        if self.cfg.parallel.hccl_buffer_mb is not None and self.mesh.device.collective_backend != "hccl":
+            self.console.message(f"parallel.hccl_buffer_mb: not used, groups are {self.mesh.device.collective_backend}'s")
         if self.mesh.shape.pp > 1:
             self.console.message(f"pipeline: {self._pipeline()}")
         self.console.message(f"kernels: {kernels} (`llmtrain kernels` says why)")
@@ -104,6 +107,8 @@ def session(cfg: RunConfig) -> Iterator[Session]:
     """Join the world, open the run folder, choose kernels; leave it all in order at the end."""
     device = select(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
     device.set_current()
+    if cfg.train.deterministic:
+        device.deterministic(True)
     reason = device.unsupported_dtype(torch_dtype(cfg.precision.compute))
     if reason:
         raise UserError(f"precision.compute {cfg.precision.compute}: {reason}")

@@ -57,6 +57,7 @@ def test_views_resizes_and_strides():
     n = x.npu()
     n[1:, ::2].mul_(10)
     x[1:, ::2].mul_(10)
+    assert n.cpu().device.type == "cpu" and n.cpu().double().numpy().sum() == x.sum()
     assert torch.equal(n.cpu(), x) and torch.equal(n.t()[2].cpu(), x.t()[2])
     out = torch.empty(0, device="npu")
     torch.mm(n, n.t(), out=out)

@@ -53,6 +53,8 @@ class Bridge:
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}
         """id of the CPU tensor -> (CPU tensor, NPU tensor); holding both keeps the ids their own."""
         self.device: torch.device | None = None
+        self.stays = False
+        """The call asks for its result on the CPU."""
 
     def there(self, value: Any) -> Any:
         """`value` with CPU tensors (over the same bytes) for NPU tensors, and the CPU for an NPU."""
@@ -65,6 +67,8 @@ class Bridge:
             return alias
         if isinstance(value, (list, tuple)):
             return type(value)([self.there(item) for item in value])
+        if isinstance(value, torch.device) and value.type == "cpu":
+            self.stays = True
         if isinstance(value, torch.device) and value.type == "npu":
             self.device = torch.device("npu", torch.npu.current_device() if value.index is None else value.index)
             return CPU
@@ -73,7 +77,9 @@ class Bridge:
     def back(self, value: Any) -> Any:
         """`value` with NPU tensors: those that came in, and copies of new ones."""
         if isinstance(value, Tensor):
-            return self.tensors[id(value)][1] if id(value) in self.tensors else on_npu(value, self.device or current())
+            if id(value) in self.tensors:
+                return self.tensors[id(value)][1]
+            return value.clone() if self.stays else on_npu(value, self.device or current())
         if isinstance(value, (list, tuple)):
             return type(value)([self.back(item) for item in value])
         return value
@@ -151,6 +157,32 @@ MISSING = {"matmul_backward": _tensors(_matmul_backward), "linear_backward": _te
 """Ops that torch has for accelerators alone."""
 
 
+def _repeat_interleave_backward(grad: Tensor, x: Tensor, repeats: int, dim: int | None = None) -> Tensor:
+    if dim is None:
+        return grad.view(-1, repeats).sum(-1).view(x.shape)
+    return grad.unflatten(dim, (x.shape[dim], repeats)).sum(dim % x.dim() + 1)
+
+
+def _repeat_interleave_backward_tensor(grad: Tensor, x: Tensor, repeats: Tensor, dim: int | None = None) -> Tensor:
+    whole = x.flatten() if dim is None else x
+    rows = torch.arange(whole.shape[dim or 0]).repeat_interleave(repeats)
+    return torch.zeros_like(whole).index_add_(dim or 0, rows, grad).view(x.shape)
+
+
+def _gather_backward(grad: Tensor, size: list[int], dim: int, index: Tensor, sparse: bool) -> Tensor:
+    return grad.new_zeros(size).scatter_add_(dim, index, grad)
+
+
+BEHIND_ATEN = {
+    "repeat_interleave_backward_int": _repeat_interleave_backward,
+    "repeat_interleave_backward_tensor": _repeat_interleave_backward_tensor,
+    "npu_gather_backward": _gather_backward,
+    "_npu_dtype_cast": lambda x, dtype: x.to(dtype),
+    "_npu_dtype_cast_backward": lambda grad, dtype: grad.to(dtype),
+}
+"""`npu::` ops that torch_npu puts behind plain aten ops."""
+
+
 def _attention(q, k, v, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False):
     """Formula of scaled_dot_product_attention in differentiable ops: torch_npu's own goes to a fused kernel below autograd."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -162,6 +194,12 @@ def _attention(q, k, v, mask=None, dropout=0.0, causal=False, *, scale=None, ena
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return torch.matmul(torch.nn.functional.dropout(torch.softmax(scores, -1), dropout), v)
+
+
+def _one_hot(ids: Tensor, classes: int = -1) -> Tensor:
+    """torch_npu's goes to its kernel without a dispatch that could be replaced."""
+    classes = int(ids.max()) + 1 if classes < 0 else classes
+    return (ids[..., None] == torch.arange(classes, device=ids.device)).long()
 
 
 _library: list[torch.library.Library] = []
@@ -180,6 +218,7 @@ def install() -> int:
                 count += 1
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
             library.impl("scaled_dot_product_attention", _attention, key, allow_override=True)
+            library.impl("one_hot", _one_hot, key, allow_override=True)
     return count
 
 

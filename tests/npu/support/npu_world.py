@@ -46,5 +46,6 @@ def llmtrain(*arguments: str, calls: Path | None = None, timeout: float = 600.0,
 
 
 def calls_of(folder: Path) -> list[Counter]:
-    """Calls by op of every rank that wrote them to `folder`."""
-    return [Counter(json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.json"))]
+    """Calls by op of every rank that wrote them to `folder`, which a launcher, no rank itself, may have done too."""
+    ranks = sorted(folder.glob("rank-*.json")) or [folder / "alone.json"]
+    return [Counter(json.loads(path.read_text())) for path in ranks]

@@ -73,18 +73,20 @@ def bring_up(*, kernels: bool, hccl: bool) -> None:
 
 
 def write_calls() -> None:
-    """Write `calls` to $NPU_CALLS/rank-R.json."""
+    """Write `calls` to $NPU_CALLS/rank-R.json, or alone.json for a process that is no rank."""
     folder = Path(os.environ["NPU_CALLS"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(calls, indent=1, sort_keys=True))
+    name = f"rank-{os.environ['RANK']}" if "RANK" in os.environ else "alone"
+    (folder / f"{name}.json").write_text(json.dumps(calls, indent=1, sort_keys=True))
 
 
 def _install_references() -> None:
+    import npu_kernels
     import torch
 
     library = torch.library.Library("npu", "IMPL")
     _libraries.append(library)
-    found: dict[str, Callable] = {}
+    found: dict[str, Callable] = dict(npu_kernels.BEHIND_ATEN)
     for module in REFERENCES:
         found |= _references(module)
     with warnings.catch_warnings():
