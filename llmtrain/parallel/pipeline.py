@@ -1,6 +1,7 @@
 """Carries out the action lists of `layout/schedule.py`: the stages of a pipeline, micro-batch by micro-batch."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from llmtrain.compat import reduce_fsdp_gradients, split_backward
+from llmtrain.compat import graph_holder, reduce_fsdp_gradients, split_backward
 from llmtrain.layout.schedule import Action, Schedule, with_communication
 from llmtrain.parallel.hang.where import at, recorded
 
@@ -64,7 +65,7 @@ class _Run:
         self.shape, self.dtype, self.backward = shape, dtype, backward
         self.results: dict[int, Tensor] = {}
         self._kept: dict[tuple[int, int], _Kept] = {}
-        self._weights: dict[tuple[int, int], Any] = {}
+        self._weights: dict[tuple[int, int], Callable[[], None]] = {}
         self._arriving: dict[tuple[str, int, int], tuple[Tensor, list]] = {}
         self._ready: dict[tuple[str, int, int], Tensor] = {}
         self._sent: list[tuple[Tensor, list]] = []
@@ -123,24 +124,25 @@ class _Run:
     def _backward_inputs(self, stage: int, micro: int) -> None:
         kept, slope = self._kept.pop((stage, micro)), self._slope(stage, micro)
         if kept.entered is None:  # the first stage has no inputs to differentiate: all of it waits for W
-            self._weights[stage, micro] = (kept.left, slope)
+            self._weights[stage, micro] = partial(torch.autograd.backward, kept.left, slope)
             return
         for_inputs, _ = split_backward()
         slopes = None if slope is None else [slope]
+        held = graph_holder(kept.left)
         _, groups = for_inputs([kept.left], slopes, [kept.entered], self.pipeline.parts[stage].parameters())
-        self._weights[stage, micro] = groups
+        self._weights[stage, micro] = partial(self._backward_groups, stage, groups, held)
         self._hand_back(stage, micro, kept)
 
     def _backward_weights(self, stage: int, micro: int) -> None:
-        waiting = self._weights.pop((stage, micro))
-        if isinstance(waiting, tuple):
-            torch.autograd.backward(*waiting)
-            return
+        self._weights.pop((stage, micro))()
+
+    def _backward_groups(self, stage: int, groups: list[dict[str, Any]], held: Any) -> None:
+        """Gradients of the weights that `for_inputs` has left, in a graph that `held` keeps."""
         _, for_weights = split_backward()
         # A parameter that is used several times, as a norm by heads that look ahead, is reached through what lies between its uses, which
         # other parameters need again.
-        again = any(len(group["intermediates"]) > 1 for group in waiting)
-        for_weights(self.pipeline.parts[stage].parameters(), waiting, retain_graph=again)
+        again = any(len(group["intermediates"]) > 1 for group in groups)
+        for_weights(self.pipeline.parts[stage].parameters(), groups, retain_graph=again)
 
     def _hand_back(self, stage: int, micro: int, kept: _Kept) -> None:
         if kept.entered is not None:
