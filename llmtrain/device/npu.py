@@ -65,14 +65,23 @@ class NpuDevice(Accelerator):
         """
         seconds = math.ceil(timeout.total_seconds())
         least, most = CONNECT_SECONDS
-        os.environ.setdefault("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, least), most)))
-        os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(seconds))
+        _set_unless_given("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, least), most)))
+        _set_unless_given("HCCL_EXEC_TIMEOUT", str(seconds))
         if buffer_mb is not None:
             os.environ["HCCL_BUFFSIZE"] = str(buffer_mb)
         return {}
 
     def describe(self) -> str:
         return f"{super().describe()}, torch_npu {importlib.metadata.version('torch_npu')}"
+
+
+_ours: dict[str, str] = {}
+"""Environment variables that this process has set, which a later run in it may set anew; the user's stay."""
+
+
+def _set_unless_given(name: str, value: str) -> None:
+    if os.environ.get(name) in (None, _ours.get(name)):
+        os.environ[name] = _ours[name] = value
 
 
 def _no_npu() -> str | None:

@@ -165,10 +165,10 @@ def test_hccl_waits_as_long_as_the_run_unless_the_user_says_otherwise(monkeypatc
     assert device.process_group_options(timedelta(seconds=20.5), buffer_mb=100) == {}
     assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"], os.environ["HCCL_BUFFSIZE"]) == ("120", "21", "100")
     device.process_group_options(timedelta(seconds=630))
-    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]) == ("120", "21")
-    monkeypatch.delenv("HCCL_CONNECT_TIMEOUT")
+    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]) == ("630", "630")
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "99")
     device.process_group_options(timedelta(hours=9))
-    assert os.environ["HCCL_CONNECT_TIMEOUT"] == "7200"
+    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]) == ("7200", "99")
 
 
 def test_volta_has_no_bf16():

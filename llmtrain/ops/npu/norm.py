@@ -51,6 +51,7 @@ class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        grad_sum, grad_weight = gateway.fused("npu_rms_norm_backward")(grad, *ctx.saved_tensors)
+        total, weight, scale = ctx.saved_tensors  # asked for once: selective recomputation does not allow more
+        grad_sum, grad_weight = gateway.fused("npu_rms_norm_backward")(grad, total, weight, scale)
         grad_sum = grad_sum + grad_total
-        return grad_sum, grad_sum, grad_weight.to(ctx.saved_tensors[1].dtype), None
+        return grad_sum, grad_sum, grad_weight.to(weight.dtype), None

@@ -17,7 +17,8 @@ ROOT = SUPPORT.parents[2]
 def environment(**extra: str) -> dict[str, str]:
     """Environment of a process in which `import torch_npu` brings the stand-in up."""
     path = os.pathsep.join([str(SITE), str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} | extra
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HCCL_")}
+    return clean | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} | extra
 
 
 def train_all(scenarios: dict[str, dict]) -> dict[str, dict]:
