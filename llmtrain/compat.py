@@ -80,22 +80,17 @@ def concatenate_meshes(*meshes: Any) -> Any:
 
 
 def groups_of(mesh: Any) -> set[Any]:
-    """The process groups of a DeviceMesh made whole (`init_device_mesh`): of its axes and of what was made of it."""
-    if hasattr(mesh, "_pg_registry"):
-        return set(mesh._pg_registry.values())
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    """The process groups that a DeviceMesh made whole (`init_device_mesh`) holds: of its axes and of what was made of it.
 
-    return {_resolve_process_group(name) for one in (mesh, *mesh._flatten_mapping.values()) for name in one._dim_group_names}
+    None before torch 2.11, where meshes hold names of groups.
+    """
+    return set(getattr(mesh, "_pg_registry", {}).values())
 
 
 def forget_groups(*meshes: Any) -> None:
-    """Let go of the process groups that DeviceMeshes made whole hold. DTensor keeps such meshes in caches for ever.
-
-    Before torch 2.11 meshes hold names of groups alone.
-    """
+    """Let go of the groups of `groups_of`. DTensor keeps meshes in caches for ever."""
     for mesh in meshes:
-        if hasattr(mesh, "_pg_registry"):
-            mesh._pg_registry.clear()
+        getattr(mesh, "_pg_registry", {}).clear()
 
 
 def reduce_fsdp_gradients(module: nn.Module) -> None:

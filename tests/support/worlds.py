@@ -43,7 +43,10 @@ def run_world(target: str, ranks: int, *, args: dict, folder: Path, timeout: flo
 
 
 def leave(mesh) -> None:
-    """End the groups of an llmtrain mesh, but not the world: a world that goes on to other meshes would keep a few threads of each."""
+    """End the groups of an llmtrain mesh, but not the world: a world that goes on to other meshes would keep a few threads of each.
+
+    torch 2.10 keeps them: DTensor's caches there name groups, which a later mesh that is equal uses again.
+    """
     import gc
 
     import torch.distributed as dist
