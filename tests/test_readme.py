@@ -184,7 +184,7 @@ def understand(verb: str, words: list[str]) -> None:
         data.parser().parse_args(words)
     elif verb == "generate":
         generate._parse(words)
-    elif verb == "train" or (verb, words[0]) == ("config", "show"):
+    elif verb == "train" or (verb, *words[:1]) == ("config", "show"):
         from llmtrain.config.arguments import parse_run_arguments
 
         if "--presets" not in words:
