@@ -10,7 +10,7 @@ from parity_rows import NUDGES, Row, references
 from sameness import gradient_difference, loss_difference, routing_difference
 from worlds import run_world
 
-STOP = {"stop": 6}
+STOP = {"stop": 4}
 LOSSES_IN_FP64 = 1e-6
 """The losses of a world are summed in float32, since an NPU has no float64."""
 MESHES = {
@@ -32,6 +32,15 @@ FUSED = {
     "ep": ("npu_fusion_attention", "npu_grouped_matmul", "npu_moe_token_permute"),
 }
 """Meshes that also run in float32, and ops that every rank has to call there."""
+
+CALLED = {
+    "grouped_mm": ("ep", "npu_grouped_matmul"),
+    "permute": ("ep", "npu_moe_token_permute"),
+    "unpermute": ("ep", "_npu_moe_token_unpermute"),
+    "attention_part": ("cp, ring", "npu_fusion_attention"),
+    "attention_part_backward": ("cp, ring", "npu_fusion_attention_grad"),
+}
+"""Ops of the registry that the quickstart does not need -> a mesh that does, and the operator of torch_npu behind them."""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +87,13 @@ def test_float32_with_fused_kernels_is_within_a_unit_of_rounding(npu, cpu, name)
     print(f"{name}: {found:.2e}, a unit of rounding: {control:.2e}")
     assert found <= 5 * control
     assert all(run["calls"].get(op) for op in FUSED[name]), run["calls"]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "operator"), [pytest.param(*run, marks=pytest.mark.npu_check(op, "2-process"), id=op) for op, run in CALLED.items()]
+)
+def test_both_ranks_call_the_fused_operator(npu, mesh, operator):
+    assert npu[f"{mesh} | fp32"]["calls"].get(operator, 0) >= STOP["stop"]
 
 
 def test_a_fault_shows(npu, cpu):

@@ -159,6 +159,12 @@ def test_recomputation_changes_nothing(lab, fp32, recompute):
     assert difference(run, fp32) <= 1e-6
 
 
+def test_deterministic_kernels_change_no_loss_on_the_cpu_and_other_groups_leave_hccls_buffer(lab, fp32):
+    run = lab.train("deterministic", *SHORT, "--train.deterministic", "true", "--parallel.hccl_buffer_mb", "64")
+    assert difference(run, fp32) <= 1e-6
+    assert "parallel.hccl_buffer_mb: not used, groups are gloo's" in run.out
+
+
 def test_fp16_resumes_its_loss_scale(lab, fp32):
     options = ("--precision", "{compute: fp16, loss_scale: {init: 1.0e9, growth_every: 4}}", "--train.steps", "30")
     run = lab.train("fp16", *options)
