@@ -51,7 +51,7 @@ def words_of(command: str) -> list[str] | None:
 
 def elsewhere(command: str) -> bool:
     """Whether it wants hardware or machines that are not here."""
-    return command.startswith("torchrun") or bool(re.search(r"train .*--device (cuda|npu)", command))
+    return command.startswith("torchrun") or bool(re.search(r"llmtrain train .*--device (cuda|npu)", command))
 
 
 @pytest.fixture(scope="session")
