@@ -18,8 +18,6 @@ if AVAILABLE:
 
     stand_in.prepare()
 
-CELLS = pytest.StashKey[dict]()
-
 
 def pytest_addoption(parser):
     parser.addoption("--write-table", action="store_true", help="write the table of checks that passed into docs/npu-checks.md")
@@ -27,7 +25,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "npu_check(wrapper, column): the cell of docs/npu-checks.md that this test fills")
-    config.stash[CELLS] = defaultdict(list)
+    if not hasattr(config, "workerinput"):  # the process that hears of all tests, with or without xdist
+        config.pluginmanager.register(Table(), "npu-table")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,32 +38,34 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_runtest_setup(item):
-    if not item.path.is_relative_to(HERE):
-        return
-    for mark in item.iter_markers("npu_check"):
-        item.user_properties.append(("npu_check", list(mark.args)))
+    if item.path.is_relative_to(HERE):
+        item.user_properties += [("npu_check", list(mark.args)) for mark in item.iter_markers("npu_check")]
 
 
-def pytest_runtest_logreport(report):
-    """In the process that reports, xdist or not: what came of each cell."""
-    if report.when == "call" or report.outcome != "passed":
-        for name, value in report.user_properties:
-            if name == "npu_check":
-                CONFIG.stash[CELLS][tuple(value)].append(report.outcome)
+class Table:
+    """What came of each cell's tests, and the page that is written of it."""
 
+    def __init__(self):
+        self.outcomes = defaultdict(list)
+        self.files: set[str] = set()
 
-def pytest_sessionstart(session):
-    global CONFIG
-    CONFIG = session.config
+    def pytest_runtest_logreport(self, report):
+        self.files.add(Path(report.nodeid.partition("::")[0]).name)
+        if report.when == "call" or report.outcome != "passed":
+            for name, value in report.user_properties:
+                if name == "npu_check":
+                    self.outcomes[tuple(value)].append(report.outcome)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session, exitstatus):
+        if not session.config.getoption("--write-table", default=False):
+            return
+        import npu_table
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session, exitstatus):
-    if hasattr(session.config, "workerinput") or not session.config.getoption("--write-table", default=False):
-        return
-    import npu_table
-
-    if exitstatus == 0:
-        npu_table.write(session.config.stash[CELLS])
-    else:
-        print("\ndocs/npu-checks.md is not written: not every test passed")
+        left_out = {path.name for path in HERE.rglob("test_*.py")} - self.files
+        if exitstatus == 0 and not left_out:
+            npu_table.write(self.outcomes)
+        else:
+            print(
+                "\ndocs/npu-checks.md: table not written,", "not every test passed" if exitstatus else f"{', '.join(left_out)} did not run"
+            )
