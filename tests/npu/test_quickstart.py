@@ -1,6 +1,6 @@
 """The quickstart as a user starts it, with `--device npu`: the CPU's losses, on one rank and two, with the fused kernels and without.
 
-Everything is configs/quickstart.yaml on Shakespeare's plays, but for 20 steps of 4 sequences, and no TensorBoard and bigram baseline.
+Everything is configs/quickstart.yaml on Shakespeare's plays, but for 20 steps of 2 sequences, and no TensorBoard and bigram baseline.
 """
 
 import json
@@ -45,10 +45,10 @@ def train(folder, name: str, *arguments: str, device: str = "npu", ranks: int = 
         "data.train": f"[{folder}/plays-train]",
         "data.validation": f"[{folder}/plays-validation]",
         "train.steps": STEPS,
-        "train.global_batch": 4,
-        "train.micro_batch": 2,
+        "train.global_batch": 2,
+        "train.micro_batch": 1,
         "train.validate_every": 0,
-        "train.validate_samples": 4,
+        "train.validate_samples": 2,
         "checkpoint.every": 10,
         "metrics.tensorboard": "false",
         "metrics.bigram_baseline": "false",
