@@ -50,9 +50,12 @@ def leave(mesh) -> None:
     import gc
 
     import torch.distributed as dist
+    from torch.distributed.tensor import _redistribute, debug
 
     from llmtrain.compat import forget_groups, groups_of
 
+    debug._clear_sharding_prop_cache()  # DTensor's caches name groups, and an equal mesh that comes later would find them there
+    _redistribute._gen_transform_infos.cache_clear()
     meshes = [m for m in (mesh.device_mesh, mesh.experts) if m is not None]
     groups = {group for one in meshes for group in groups_of(one)} - {dist.group.WORLD}
     for group in groups:
