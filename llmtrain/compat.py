@@ -79,18 +79,24 @@ def concatenate_meshes(*meshes: Any) -> Any:
     return DeviceMesh._concatenate(list(meshes))
 
 
-def groups_of(mesh: Any) -> set[Any]:
-    """The process groups that a DeviceMesh made whole (`init_device_mesh`) holds: of its axes and of what was made of it.
+def take_groups(*meshes: Any) -> set[Any]:
+    """The process groups that DeviceMeshes made whole (`init_device_mesh`) hold, of their axes and of what was made of them, taken away.
 
-    None before torch 2.11, where meshes hold names of groups.
+    DTensor keeps meshes in caches for ever. None before torch 2.11, where meshes hold names of groups.
     """
-    return set(getattr(mesh, "_pg_registry", {}).values())
+    registries = [getattr(mesh, "_pg_registry", {}) for mesh in meshes]
+    groups = {group for registry in registries for group in registry.values()}
+    for registry in registries:
+        registry.clear()
+    return groups
 
 
-def forget_groups(*meshes: Any) -> None:
-    """Let go of the groups of `groups_of`. DTensor keeps meshes in caches for ever."""
-    for mesh in meshes:
-        getattr(mesh, "_pg_registry", {}).clear()
+def clear_dtensor_caches() -> None:
+    """Forget how DTensors of former meshes were sharded: these entries name groups, and a later mesh that is equal would find them."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
 
 
 def reduce_fsdp_gradients(module: nn.Module) -> None:

@@ -101,7 +101,7 @@ def _load() -> str | None:
     try:
         importlib.import_module("torch_npu")
     except Exception as error:  # torch_npu raises just that where CANN's folders are missing, ImportError or OSError for its libraries
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"torch_npu does not load: {first}{_wrong_pair()}"
     return None
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from llmtrain.compat import concatenate_meshes, flatten_mesh, forget_groups
+from llmtrain.compat import clear_dtensor_caches, concatenate_meshes, flatten_mesh, take_groups
 from llmtrain.config.train import ParallelConfig
 from llmtrain.device.base import Device
 from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
@@ -91,6 +91,19 @@ class Mesh:
             with recorded("barrier", "world"):
                 dist.barrier()
 
+    def take_groups(self) -> set[dist.ProcessGroup]:
+        """The groups that this mesh holds, which then end with whatever else holds them; it is of no use any more."""
+        return take_groups(*filter(None, [self.device_mesh, self.experts]))
+
+    def leave(self) -> None:
+        """End the groups of this mesh, but not the world, in which another mesh may follow: gloo has a few threads for each group."""
+        groups = self.take_groups() - {dist.group.WORLD}
+        if groups:
+            clear_dtensor_caches()
+        for group in groups:
+            dist.destroy_process_group(group)
+        gc.collect()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
         return self.sum(float(flag))[0] > 0
@@ -114,4 +127,4 @@ def stop(mesh: Mesh) -> None:
     """Leave the world. Its groups, and threads of gloo, end with the last object that holds them, at the latest when the process ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    forget_groups(*filter(None, [mesh.device_mesh, mesh.experts]))
+    mesh.take_groups()

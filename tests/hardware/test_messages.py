@@ -51,7 +51,7 @@ ORDINARY = [
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.name)
 def test_each_sample_is_found_by_its_entry_alone(message):
     assert [found.name for found in find(message.sample)] == [message.name]
-    assert message.source and message.meaning.endswith(".") and message.advice
+    assert message.source and message.meaning.endswith(".") and message.advice.endswith((".", ")")) and "  " not in message.advice
 
 
 @pytest.mark.parametrize("name", REPORTS)

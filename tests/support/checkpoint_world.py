@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from parity_rows import Row
 from sameness import BASE, Documents, build_engine, full, merge
-from worlds import leave
 
 from llmtrain.config.run import RunConfig
 from llmtrain.config.train import CheckpointConfig
@@ -64,7 +63,7 @@ def save(cases: dict[str, tuple[str, Row]]) -> dict[str, dict]:
         assert checkpointer.failed is None, checkpointer.failed
         names = run.mesh.gather(sorted(state))
         results[name] = {"state": expected, "losses": losses, "written": run.mesh.gather(written), "names": names}
-        leave(run.mesh)
+        run.mesh.leave()
     return results
 
 
@@ -87,7 +86,7 @@ def load(cases: dict[str, tuple[str, Row]]) -> dict[str, dict]:
         run.next_step = meta["step"]
         loaded = run.whole_state()
         results[name] = {"state": loaded, "meta": meta, "losses": run.steps(AFTER)}
-        leave(run.mesh)
+        run.mesh.leave()
     return results
 
 
@@ -98,5 +97,5 @@ def exported(cases: dict[str, Row]) -> dict[str, dict[str, np.ndarray]]:
         run = Run(row)
         run.steps(BEFORE)
         found[name] = {key: tensor.numpy().copy() for key, tensor in full_weights(run.engine, run.mesh)}
-        leave(run.mesh)
+        run.mesh.leave()
     return found

@@ -2,7 +2,6 @@
 
 import torch
 from sameness import BASE, Documents, merge
-from worlds import leave
 
 import llmtrain.engine.native as native
 from llmtrain.config.run import RunConfig
@@ -35,7 +34,7 @@ def _calls(values: dict) -> dict:
         "evaluated": engine.evaluate(batches).loss,
         "made_once": mesh.gather(_made_once(engine, batches)),
     }
-    leave(mesh)
+    mesh.leave()
     return found
 
 

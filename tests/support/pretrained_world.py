@@ -6,7 +6,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from worlds import leave
 
 from llmtrain.config.run import RunConfig
 from llmtrain.convert import import_hf
@@ -54,7 +53,7 @@ def load(pretrained: str, parallel: dict, **model) -> dict:
     whole = {name: (t.full_tensor() if isinstance(t, DTensor) else t).numpy().copy() for name, t in state.items()}
     tokens = torch.arange(24)[None] * 3 % 97
     found = {"state": whole, "logits": engine.logits(tokens).numpy(), "reads": mesh.gather(reads), "said": said}
-    leave(mesh)
+    mesh.leave()
     return found
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from routing import Routing
-from worlds import leave
 
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET, Batch
@@ -23,6 +22,7 @@ from llmtrain.ops import Call, resolve
 from llmtrain.parallel import cp_ring, ep
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.fsdp import local_tensor
+from llmtrain.tools.selftest.parity_run import nudge_weights
 from llmtrain.train.stream import micro_batches
 
 MODEL = {
@@ -143,15 +143,6 @@ FAULTS = {
 }
 
 
-def nudge(engine, seed: int) -> None:
-    """Move every weight to one of the two numbers next to it: as little as a number can differ."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in engine.parameters.values():
-            ends = torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, torch.inf, -torch.inf)
-            parameter.copy_(torch.nextafter(parameter, ends))
-
-
 def train(
     changes: dict,
     *,
@@ -171,7 +162,7 @@ def train(
     cfg = RunConfig.model_validate(merge(BASE, changes))
     engine = build_engine(cfg, device)
     if nudged is not None:
-        nudge(engine, nudged)
+        nudge_weights(engine, nudged)
     plan, data, mesh = StepPlan.from_config(cfg), Documents(permuted if permute else None, whole=whole), engine.mesh
     losses, compiling, found = [], [], {}
     with FAULTS[fault](engine) if fault else nullcontext():
@@ -186,7 +177,7 @@ def train(
             engine.apply(lr=step.lr)
             losses.append(result.loss)
             compiling.append(result.metrics.get("compile_seconds", 0.0))
-    leave(mesh)
+    mesh.leave()
     return {"losses": losses, "compile_seconds": compiling} | found
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from worlds import leave
 
 from llmtrain.config.train import ParallelConfig
 from llmtrain.device import select
@@ -32,5 +31,5 @@ def ask(folder: str, meshes: dict[str, dict], dtype: str = "fp64") -> dict[str, 
         nats, count = cross_entropy_sum(opened.model, torch.arange(40) * 5 % 97, context=16)
         held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in opened.model.parameters())
         answers[name] = {"logits": logits.numpy(), "tokens": [row.tokens for row in rows], "loss": nats / count, "held": mesh.gather(held)}
-        leave(mesh)
+        mesh.leave()
     return answers

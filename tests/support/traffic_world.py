@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from sameness import BASE, Documents, merge
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import leave
 
 from llmtrain.config.run import RunConfig
 from llmtrain.device import select
@@ -116,7 +115,7 @@ def count(changes: dict) -> dict:
     for copy in engine.stages.copies.values():
         built["embedding.weight", True] = local_tensor(copy).numel()
     found = {"traffic": mesh.gather((counted.found, expected)), "held": mesh.gather((dict(held), built))}
-    leave(mesh)
+    mesh.leave()
     return found
 
 

@@ -42,28 +42,6 @@ def run_world(target: str, ranks: int, *, args: dict, folder: Path, timeout: flo
     return pickle.loads(result.read_bytes())
 
 
-def leave(mesh) -> None:
-    """End the groups of an llmtrain mesh, but not the world: a world that goes on to other meshes would keep a few threads of each.
-
-    torch 2.10 keeps them: DTensor's caches there name groups, which a later mesh that is equal uses again.
-    """
-    import gc
-
-    import torch.distributed as dist
-    from torch.distributed.tensor import _redistribute, debug
-
-    from llmtrain.compat import forget_groups, groups_of
-
-    debug._clear_sharding_prop_cache()  # DTensor's caches name groups, and an equal mesh that comes later would find them there
-    _redistribute._gen_transform_infos.cache_clear()
-    meshes = [m for m in (mesh.device_mesh, mesh.experts) if m is not None]
-    groups = {group for one in meshes for group in groups_of(one)} - {dist.group.WORLD}
-    for group in groups:
-        dist.destroy_process_group(group)
-    forget_groups(*meshes)
-    gc.collect()
-
-
 if __name__ == "__main__":
     import importlib
 

@@ -49,7 +49,7 @@ def _nothing(x: Tensor, weight: Tensor) -> Tensor:
     return (x @ weight[0]) + weight.sum() * 0
 
 
-def _product(x: Tensor, weight: Tensor, counts: Tensor, kind: int) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor, kind: int) -> Tensor:
     """One matrix each in, one out. Counts are sizes (group_list_type 1), not running sums, which is the operator's default."""
     return gateway.fused("npu_grouped_matmul")([x], [weight], group_list=counts, split_item=3, group_type=kind, group_list_type=1)[0]
 
@@ -58,7 +58,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, counts)
-        return _product(x, weight, counts, BY_ROWS)
+        return grouped_product(x, weight, counts, BY_ROWS)
 
     @staticmethod
     @once_differentiable
@@ -66,8 +66,8 @@ class _Grouped(torch.autograd.Function):
         x, weight, counts = ctx.saved_tensors
         grad = grad.contiguous()
         # The transposed views are what the operator wants: it recognises them and copies nothing.
-        grad_x = _product(grad, weight.transpose(1, 2), counts, BY_ROWS) if ctx.needs_input_grad[0] else None
-        grad_weight = _product(x.t(), grad, counts, BY_SUM) if ctx.needs_input_grad[1] else None
+        grad_x = grouped_product(grad, weight.transpose(1, 2), counts, BY_ROWS) if ctx.needs_input_grad[0] else None
+        grad_weight = grouped_product(x.t(), grad, counts, BY_SUM) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
 
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.compat import hccl_name
 from llmtrain.ops.npu import gateway
+from llmtrain.ops.npu.experts import BY_SUM, grouped_product
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Exchange:
             return rows.new_zeros(len(self.counts), rows.shape[1], grad.shape[1])
         if len(self.counts) == 1:  # the operator takes no single group
             return (rows.t() @ grad)[None]
-        by_sum = {"split_item": 3, "group_type": 2, "group_list_type": 1}  # one result; groups split the rows; sizes, not running sums
-        return gateway.fused("npu_grouped_matmul")([rows.t()], [grad.contiguous()], group_list=self.counts, **by_sum)[0]
+        return grouped_product(rows.t(), grad.contiguous(), self.counts, BY_SUM)
 
 
 def alltoallv_matmul(rows: Tensor, weights: Sequence[Tensor], exchange: Exchange) -> tuple[Tensor, ...]:

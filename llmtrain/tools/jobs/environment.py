@@ -8,6 +8,7 @@ TORCH_FR_BUFFER_SIZE (on by default), HCCL_WHITELIST_DISABLE (torch_npu sets it)
 from dataclasses import dataclass
 from math import ceil
 
+from llmtrain.config.parameters import BYTES
 from llmtrain.config.run import RunConfig
 from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
 from llmtrain.layout.steps import StepPlan
@@ -16,7 +17,6 @@ HCCL_BUFFER, HCCL_EXEC, HCCL_CONNECT = 200, 1836, 600
 """MB and seconds: HCCL's defaults, and a time to connect that outlives a slow node's imports (HCCL's own is 120, the range 120 to 7200)."""
 MARGIN = 120
 """Seconds that a library's time-out stays behind `parallel.timeout`, so that llmtrain's report of a hang comes first."""
-BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def _npu(cfg: RunConfig, shape: MeshShape, interface: str | None, logs: str) -> 
         Variable(
             "HCCL_BUFFSIZE",
             str(buffer),
-            f"MB: micro-batch x sequence x width, at least HCCL's default of 200. Each communicator takes twice that, with this mesh up to "
-            f"{groups} of them a rank: {2 * buffer * groups / 1024:.1f} GB of device memory",
+            f"MB: parallel.hccl_buffer_mb, or micro-batch x sequence x width and at least HCCL's default of 200. Each communicator takes "
+            f"twice that, with this mesh up to {groups} of them a rank: {2 * buffer * groups / 1024:.1f} GB of device memory",
         ),
         Variable("ASCEND_PROCESS_LOG_PATH", f'"{logs}/ascend"', "where CANN writes its logs (plog), which its error codes refer to"),
         _interface("HCCL_SOCKET_IFNAME", interface, "the host interface HCCL meets over; HCCL_IF_IP=ADDRESS is the other way to name it"),
@@ -93,7 +93,12 @@ def _npu(cfg: RunConfig, shape: MeshShape, interface: str | None, logs: str) -> 
 
 
 def hccl_buffer(cfg: RunConfig) -> int:
-    """HCCL_BUFFSIZE in MB as its reference recommends for language models: micro-batch x sequence x width x bytes, at least the default."""
+    """HCCL_BUFFSIZE in MB: `parallel.hccl_buffer_mb`, which a run sets over any other value, or what its reference recommends.
+
+    For language models that is micro-batch x sequence x width x bytes, and at least the default.
+    """
+    if cfg.parallel.hccl_buffer_mb is not None:
+        return cfg.parallel.hccl_buffer_mb
     largest = max(phase.micro_batch * phase.seq_len for phase in StepPlan.from_config(cfg).phases)
     return max(HCCL_BUFFER, ceil(largest * cfg.model.hidden * BYTES[cfg.precision.compute] / 2**20))
 

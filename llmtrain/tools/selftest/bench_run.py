@@ -41,7 +41,7 @@ def memory(*, device: Device, mebibytes: int) -> tuple[dict, None]:
 
 def collectives(*, device: Device, mebibytes: int) -> tuple[dict, None]:
     """Seconds of an all-reduce over all ranks, and its bus bandwidth: 2 (N - 1) / N x bytes / seconds, the convention of nccl-tests."""
-    world.start(ParallelConfig(dp_shard=-1), device=device)
+    mesh = world.start(ParallelConfig(dp_shard=-1), device=device)
     ranks = dist.get_world_size()
     tensor = torch.ones(mebibytes * 2**18, dtype=torch.float32, device=device.torch_device)
     dist.all_reduce(tensor)
@@ -52,6 +52,7 @@ def collectives(*, device: Device, mebibytes: int) -> tuple[dict, None]:
         dist.all_reduce(tensor)
 
     seconds = _time(call, device, repeats=REPEATS)  # all ranks call it equally often
+    mesh.leave()
     return {"bytes_per_second": 2 * (ranks - 1) / ranks * tensor.nbytes / seconds, "seconds": seconds, "right": right}, None
 
 

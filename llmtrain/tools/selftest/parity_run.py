@@ -57,7 +57,7 @@ def parity(
     cfg = RunConfig.model_validate(settings | {"kernels": plain_kernels() if plain else {}})
     engine = build_engine(cfg, device)
     if nudge is not None:
-        _nudge(engine, nudge)
+        nudge_weights(engine, nudge)
     plan, mesh = StepPlan.from_config(cfg), engine.mesh
     data = Documents(seq_len=cfg.train.seq_len, vocab_size=cfg.model.vocab_size, batch=cfg.train.global_batch, permute=permute)
     losses, gradients = [], {}
@@ -69,6 +69,7 @@ def parity(
             gradients = _gradients(engine)
         engine.grad_norm()
         engine.apply(lr=step.lr)
+    mesh.leave()
     return {"losses": losses}, gradients
 
 
@@ -94,7 +95,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
 
 
-def _nudge(engine: Engine, seed: int) -> None:
+def nudge_weights(engine: Engine, seed: int) -> None:
     """Move every weight to one of the two numbers next to it: as little as a number can differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,7 +1,12 @@
 """The columns that one process can give: schema, fake, numerics, gradients. Each raises where a case fails; `host` is one of its own."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -136,3 +141,12 @@ def recorded(case: Case) -> list[Seen]:
         run_through(case, torch.float32)
     assert found, f"{case.name} calls no operator of torch_npu"
     return found
+
+
+def host(script: str) -> dict[str, str]:
+    """What torch_npu's own C++ says to calls: name -> refusal or nothing. `script`, beside this file, makes them without the stand-in."""
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout[done.stdout.index("{") :])

@@ -39,6 +39,13 @@ def stored(version: str) -> dict[str, Any]:
     return found
 
 
+def problems(calls: list[Seen]) -> list[str]:
+    """Why the torch_npu here, or another version, would not take these calls; an older one may not have the operator at all."""
+    known = {"loaded": loaded(), **{version: stored(version) for version in VERSIONS}}
+    found = [(version, problem(call, schemas)) for version, schemas in known.items() for call in calls]
+    return [f"{version}: {p}" for version, p in found if p and not (p.endswith("does not exist") and version != "loaded")]
+
+
 def problem(seen: Seen, schemas: dict[str, Any]) -> str | None:
     """Why the operator would not take a call, or None."""
     schema = schemas.get(f"npu::{seen.op}")

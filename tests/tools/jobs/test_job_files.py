@@ -132,3 +132,5 @@ def test_hccl_numbers_follow_the_run(write):
     assert int(values["HCCL_EXEC_TIMEOUT"]) > 3000 and 120 <= int(values["HCCL_CONNECT_TIMEOUT"]) <= 7200
     assert values["HCCL_BUFFSIZE"] == str(4 * 8192 * 4096 * 2 // 2**20)  # micro-batch x sequence x width x bytes of bf16
     assert values["HCCL_SOCKET_IFNAME"] == values["GLOO_SOCKET_IFNAME"] == "bond0"
+    named = write("slurm", "--device", "npu", "--parallel.hccl_buffer_mb", "64").read_text()
+    assert "export HCCL_BUFFSIZE=64\n" in named
