@@ -33,7 +33,7 @@ class ParallelBlock(Block):
         self.scale = cfg.parallel.scale
 
     def after_attention(self, x, attended):  # x [B,S,D], attended [B,H,S,d]
-        return x + self.attention.output(attended) + self.scale * (self.feed_forward(x) - x)
+        return x + self.attention.output(attended) + self.scale * self.ffn(self.ffn_norm(x))
 
 
 register_section("model.parallel", ParallelOptions)
