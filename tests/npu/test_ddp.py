@@ -17,8 +17,8 @@ def runs(tmp_path_factory):
         patch.setenv("PYTHONPATH", f"{SITE}:{SUPPORT}")
         patch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
         args = {"precisions": list(BOUNDS), "steps": STEPS}
-        npu = run_world("ddp_world:train_all", 2, args=args | {"kind": "npu"}, folder=tmp_path_factory.mktemp("npu"))
-        cpu = run_world("ddp_world:train_all", 1, args=args | {"kind": "cpu"}, folder=tmp_path_factory.mktemp("cpu"))
+        npu = run_world("ddp_world:train_all", 2, args=args | {"kind": "npu"}, folder=tmp_path_factory.mktemp("npu"), fresh=True)
+        cpu = run_world("ddp_world:train_all", 1, args=args | {"kind": "cpu"}, folder=tmp_path_factory.mktemp("cpu"), fresh=True)
     return {precision: (npu[precision], cpu[precision]) for precision in BOUNDS}
 
 

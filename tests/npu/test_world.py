@@ -64,7 +64,7 @@ def world(target: str, ranks: int, scenarios: dict, folder) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{SITE}:{SUPPORT}")
         patch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-        return run_world(target, ranks, args={"scenarios": scenarios}, folder=folder)
+        return run_world(target, ranks, args={"scenarios": scenarios}, folder=folder, fresh=True)
 
 
 @pytest.mark.parametrize("name", MESHES)

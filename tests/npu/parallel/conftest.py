@@ -21,7 +21,7 @@ def npu_world(tmp_path_factory):
     patch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
     def run(target: str, ranks: int, **args):
-        return run_world(target, ranks, args=args, folder=tmp_path_factory.mktemp("world"), timeout=300.0)
+        return run_world(target, ranks, args=args, folder=tmp_path_factory.mktemp("world"), timeout=300.0, fresh=True)
 
     yield run
     patch.undo()
