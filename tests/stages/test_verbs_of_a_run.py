@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("verbs")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_passes_its_dry_run(lab, path, capsys, monkeypatch):
     monkeypatch.chdir(lab.folder)
-    # Of Pangu Ultra's 128 ranks, which take a minute (docs/dry-mesh.md), both ends of every stage.
+    # Of Pangu Ultra's 128 ranks, which take a minute (docs/dry-mesh.md), some of every stage.
     every = dry_mesh.role_ranks
     monkeypatch.setattr(dry_mesh, "role_ranks", lambda shape: every(shape)[:: max(1, shape.tp - 1)])
     own = ("--tokenizer.path", "tok.model") if path.stem == "quickstart" else ()
