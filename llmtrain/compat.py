@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -117,43 +116,19 @@ def reduce_fsdp_gradients(module: nn.Module) -> None:
     state._root_post_backward_final_callback()
 
 
-def split_backward() -> tuple[Any, Any]:
-    """(gradients for inputs, then gradients for weights) of a stage: torch.distributed.pipelining's two halves of a backward pass."""
+def split_backward() -> tuple[Any, Any] | None:
+    """(gradients for inputs, then gradients for weights) of a stage: torch.distributed.pipelining's two halves of a backward pass.
+
+    None before torch 2.13, whose second half counts a parameter that is used several times more than once. In 2.10 and 2.11 nodes written
+    in Python also die with the graph's output, between the halves.
+    """
+    import torch
+
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.13":
+        return None
     from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
     return stage_backward_input, stage_backward_weight
-
-
-def graph_holder(output: Any) -> Any:
-    """What keeps the graph below `output` alive until its weights' gradients are computed, for the two halves of `split_backward`.
-
-    None where nodes written in Python live as long as they are referred to. In torch 2.10 and 2.11 they do not: the first half detaches the
-    output, the graph goes, and the second half finds nodes without content. There the whole graph is kept, with what it has saved.
-    """
-    from torch.autograd.graph import get_gradient_edge
-
-    return None if _nodes_live() else get_gradient_edge(output)
-
-
-@cache
-def _nodes_live() -> bool:
-    import torch
-
-    class Same(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Any) -> Any:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, slope: Any) -> Any:
-            return slope
-
-    with torch.enable_grad():
-        node = Same.apply(torch.zeros((), requires_grad=True)).grad_fn
-    try:
-        return bool(node._input_metadata)
-    except RuntimeError:
-        return False
 
 
 def limit_collectives(seconds: float) -> None:

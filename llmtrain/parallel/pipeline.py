@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from llmtrain.compat import graph_holder, reduce_fsdp_gradients, split_backward
+from llmtrain.compat import reduce_fsdp_gradients, split_backward
 from llmtrain.layout.schedule import Action, Schedule, with_communication
 from llmtrain.parallel.hang.where import at, recorded
 
@@ -126,19 +126,21 @@ class _Run:
         if kept.entered is None:  # the first stage has no inputs to differentiate: all of it waits for W
             self._weights[stage, micro] = partial(torch.autograd.backward, kept.left, slope)
             return
-        for_inputs, _ = split_backward()
-        slopes = None if slope is None else [slope]
-        held = graph_holder(kept.left)
-        _, groups = for_inputs([kept.left], slopes, [kept.entered], self.pipeline.parts[stage].parameters())
-        self._weights[stage, micro] = partial(self._backward_groups, stage, groups, held)
+        halves = split_backward()
+        if halves is None:  # both halves now, and nothing is left for W
+            torch.autograd.backward(kept.left, slope)
+            self._weights[stage, micro] = lambda: None
+        else:
+            slopes = None if slope is None else [slope]
+            _, groups = halves[0]([kept.left], slopes, [kept.entered], self.pipeline.parts[stage].parameters())
+            self._weights[stage, micro] = partial(self._backward_groups, stage, groups, halves[1])
         self._hand_back(stage, micro, kept)
 
     def _backward_weights(self, stage: int, micro: int) -> None:
         self._weights.pop((stage, micro))()
 
-    def _backward_groups(self, stage: int, groups: list[dict[str, Any]], held: Any) -> None:
-        """Gradients of the weights that `for_inputs` has left, in a graph that `held` keeps."""
-        _, for_weights = split_backward()
+    def _backward_groups(self, stage: int, groups: list[dict[str, Any]], for_weights: Callable) -> None:
+        """Gradients of the weights that the half for the inputs has left."""
         # A parameter that is used several times, as a norm by heads that look ahead, is reached through what lies between its uses, which
         # other parameters need again.
         again = any(len(group["intermediates"]) > 1 for group in groups)
