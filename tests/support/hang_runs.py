@@ -11,12 +11,17 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
+from torch.torch_version import TorchVersion
 
 from llmtrain.data.token_file import TokenWriter
 
 ROOT = Path(__file__).parents[2]
 WORLD = Path(__file__).parent / "hang_world.py"
 TIMEOUT = 8.0  # parallel.timeout, seconds
+# Gloo before torch 2.13 keeps a rank in C++ for longer, and does not record what it waits for in some collectives (docs/torch-versions.md).
+OLD_GLOO = TorchVersion(torch.__version__) < "2.13"
+LATE = 10.0 if OLD_GLOO else 5.0  # seconds after the time-out by which a report is there
 STEP = 3  # at which the fault happens
 CONFIG = """
 device: cpu
@@ -46,7 +51,7 @@ class Outcome:
     left: int  # processes that it left, -1 if they were not seen
 
     def in_time(self) -> bool:
-        return TIMEOUT <= self.took <= TIMEOUT + 5
+        return TIMEOUT <= self.took <= TIMEOUT + LATE
 
     def rows(self) -> dict[str, str]:
         """The table's rows by rank."""

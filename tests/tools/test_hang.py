@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hang_runs import STEP, TIMEOUT, run_all
+from hang_runs import OLD_GLOO, STEP, TIMEOUT, run_all
 
 DP = ("--parallel.dp_shard", "2")
 FAULTS = {  # what happens before which collective, and the options of the run
@@ -83,6 +83,8 @@ def test_a_rank_that_is_killed(faults):
 
 @pytest.mark.parametrize("axis", AXES)
 def test_sleep_in_each_axis(axes, axis):
+    if axis == "tp" and OLD_GLOO:
+        pytest.skip("before torch 2.13 gloo does not record its reduce-scatter: the report names no group, 30 s late")
     found = axes[axis]
     assert found.code == 3 and found.left == 0 and found.in_time()
     assert "rank 1 did not arrive" in found.err and re.search(rf"of group (\w+/)*{axis}(/\w+)*; rank 0 waited", found.err)
