@@ -4,7 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from llmtrain.config.attention import AttentionConfig, AttentionKinds
 from llmtrain.config.base import Section
+from llmtrain.config.ffn import FeedForward, FFNConfig
 
 
 class NormConfig(Section):
@@ -21,66 +23,6 @@ class NormConfig(Section):
     """c of the norm after attention (Pangu Ultra: 0.283). `auto` measures the branch's output std on real tokens at start."""
     c_ffn: PositiveFloat | Literal["auto"] = 0.432
     """c of the norm after the feed-forward branch (Pangu Ultra: 0.432). `auto` measures it on real tokens at start."""
-
-
-class AttentionConfig(Section):
-    """Grouped-query attention; `kv_heads` equal to `heads` is multi-head, 1 is multi-query."""
-
-    kind: Literal["gqa"] = "gqa"
-    """The attention family."""
-    heads: PositiveInt = 8
-    """Query heads H."""
-    kv_heads: PositiveInt | None = None
-    """Key/value heads K; the number of query heads if not given."""
-    head_dim: PositiveInt | None = None
-    """Width of one head; hidden / heads if not given."""
-    qkv_bias: bool = False
-    """Bias on the query, key and value projections (Qwen2, GPT)."""
-    out_bias: bool = False
-    """Bias on the output projection (GPT)."""
-    qk_norm: bool = False
-    """RMSNorm over the head dim of queries and keys before RoPE (Qwen3)."""
-    window: PositiveInt | None = None
-    """Sliding window: a query sees this many keys, itself included. Full causal attention if not given."""
-
-
-class FFNConfig(Section):
-    """The dense feed-forward branch."""
-
-    kind: Literal["dense"] = "dense"
-    """The feed-forward family; `moe` is a mixture of experts."""
-    hidden: PositiveInt = 1024
-    """Width F of the hidden layer."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """`swiglu`: silu(x Wg) * (x Wu) Wd. `gelu`: gelu(x Wu) Wd (tanh form)."""
-    bias: bool = False
-    """Biases on all projections."""
-
-
-class MoEConfig(Section):
-    """A mixture of experts in place of the dense branch: every token goes to a few of many feed-forward networks."""
-
-    kind: Literal["moe"]  # no default, so that the JSON schema does not take a section without `kind` for this one
-    """The feed-forward family."""
-    experts: PositiveInt = 8
-    """Experts E of every block."""
-    top_k: PositiveInt = 2
-    """Experts that a token goes to: those with the highest router probabilities, of equal ones the first."""
-    hidden: PositiveInt = 1024
-    """Width F of one expert's hidden layer."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """`swiglu`: silu(x Wg) * (x Wu) Wd. `gelu`: gelu(x Wu) Wd (tanh form)."""
-    renormalise: bool = True
-    """Divide the chosen probabilities by their sum (Mixtral, Qwen3)."""
-
-    @model_validator(mode="after")
-    def _enough_experts(self) -> "MoEConfig":
-        if self.top_k > self.experts:
-            raise ValueError(f"model.ffn.top_k {self.top_k} is more than model.ffn.experts {self.experts}")
-        return self
-
-
-FeedForward = Annotated[FFNConfig | MoEConfig, Field(discriminator="kind")]
 
 
 class MTPConfig(Section):
@@ -177,7 +119,7 @@ class ModelConfig(Section):
     """Model width D."""
     max_seq_len: PositiveInt = 4096
     """Longest sequence the model promises to serve; the number of learned positions."""
-    attention: AttentionConfig = AttentionConfig()
+    attention: AttentionKinds = AttentionConfig()
     """Attention of every block."""
     ffn: FeedForward = FFNConfig()
     """Feed-forward branch of every block."""
@@ -196,6 +138,11 @@ class ModelConfig(Section):
     @classmethod
     def _dense_unless_said(cls, value: Any) -> Any:
         return {"kind": "dense", **value} if isinstance(value, dict) else value
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _grouped_unless_said(cls, value: Any) -> Any:
+        return {"kind": "gqa", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -218,20 +165,50 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
         a = self.attention
-        if a.head_dim is None and self.hidden % a.heads:
+        if a.kind == "gqa" and a.head_dim is None and self.hidden % a.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of attention.heads {a.heads}; set attention.head_dim")
         if a.heads % self.kv_heads:
             raise ValueError(f"attention.heads {a.heads} is not a multiple of attention.kv_heads {a.kv_heads}")
-        if self.position.kind == "rope" and self.head_dim % 2:
-            raise ValueError(f"RoPE needs an even head dim, attention.head_dim is {self.head_dim}")
+        if self.position.kind == "rope" and self.rope_dim % 2:
+            name = "rope_dim" if a.kind == "mla" else "head_dim"
+            raise ValueError(f"RoPE needs an even head dim, attention.{name} is {self.rope_dim}")
+        if a.kind == "mla" and self.position.kind != "rope":
+            raise ValueError("attention.kind mla has a part of each head for RoPE; position.kind must be rope")
+        if self.ffn.kind == "moe" and self.ffn.dense_layers > self.layers:
+            raise ValueError(f"ffn.dense_layers {self.ffn.dense_layers} is more than layers {self.layers}")
         return self
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width of one head's queries and keys."""
+        if self.attention.kind == "mla":
+            return self.attention.nope_dim + self.attention.rope_dim
         return self.attention.head_dim or self.hidden // self.attention.heads
 
     @property
+    def value_head_dim(self) -> int:
+        """Width of one head's values."""
+        return self.attention.value_dim if self.attention.kind == "mla" else self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Numbers of one head that RoPE rotates."""
+        return self.attention.rope_dim if self.attention.kind == "mla" else self.head_dim
+
+    @property
     def kv_heads(self) -> int:
-        """Number of key/value heads K."""
-        return self.attention.kv_heads or self.attention.heads
+        """Number of key/value heads K that attention sees."""
+        return self.attention.heads if self.attention.kind == "mla" else self.attention.kv_heads or self.attention.heads
+
+    def of_block(self, index: int) -> "ModelConfig":
+        """The configuration as block `index` has it: `ffn` is dense in the first `ffn.dense_layers` blocks of a mixture of experts."""
+        ffn = self.ffn
+        if ffn.kind != "moe" or index >= ffn.dense_layers:
+            return self
+        dense = FFNConfig(hidden=ffn.dense_hidden or ffn.hidden, activation=ffn.activation, bias=ffn.bias)
+        return self.model_copy(update={"ffn": dense})
+
+    @property
+    def expert_layers(self) -> int:
+        """Blocks with a mixture of experts, heads of multi-token prediction not counted."""
+        return self.layers - self.ffn.dense_layers if self.ffn.kind == "moe" else 0

@@ -23,13 +23,13 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     parts = {
         "embedding": table + positions,
         "attention": model.layers * attention_parameters(model),
-        "ffn": model.layers * ffn_parameters(model),
+        "ffn": _dense_layers(model) * ffn_parameters(model.of_block(0)) + (model.layers - _dense_layers(model)) * ffn_parameters(model),
         "norms": norm_parameters(model),
         "head": 0 if model.tie_embeddings else table,
         "mtp": model.mtp.heads * mtp_parameters(model),
     }
     total = sum(parts.values())
-    idle = (model.layers + model.mtp.heads) * (ffn_parameters(model) - active_ffn_parameters(model))
+    idle = (model.expert_layers + model.mtp.heads) * (ffn_parameters(model) - active_ffn_parameters(model))
     return parts | {"total": total, "without embeddings": total - parts["embedding"] - parts["head"], "active": total - idle}
 
 
@@ -46,20 +46,41 @@ def _table(model: ModelConfig) -> int:
 
 
 def attention_parameters(model: ModelConfig) -> int:
-    """Of one block: query, key, value and output projections, and the norms over the head dim."""
+    """Of one block: query, key, value and output projections, and the norms over the head dim or the narrow vectors."""
+    if model.attention.kind == "mla":
+        return sum(_latent_matrices(model)) + (model.attention.query_rank or 0) + model.attention.kv_rank
     a, width = model.attention, model.head_dim * (model.attention.heads + 2 * model.kv_heads)
     out = model.head_dim * a.heads
     biases = width * a.qkv_bias + model.hidden * a.out_bias
     return model.hidden * (width + out) + biases + 2 * model.head_dim * a.qk_norm
 
 
+def _latent_matrices(model: ModelConfig) -> list[int]:
+    """Elements of the matrices of one block's multi-head latent attention."""
+    a, d = model.attention, model.hidden
+    queries = [(a.query_rank or d) * a.heads * model.head_dim, d * (a.query_rank or 0)]
+    return [*queries, d * (a.kv_rank + a.rope_dim), a.kv_rank * a.heads * (a.nope_dim + a.value_dim), a.heads * a.value_dim * d]
+
+
+def _dense_layers(model: ModelConfig) -> int:
+    """Blocks before those with experts."""
+    return model.layers - model.expert_layers if model.ffn.kind == "moe" else 0
+
+
 def ffn_parameters(model: ModelConfig) -> int:
-    """Of one block: two projections, three with a gate; of a mixture of experts as many for each of them, and the router."""
+    """Of one block: two projections, three with a gate; of a mixture of experts as many for each of them, and what they share: the router,
+    shared experts, BigMac's two projections."""
     ffn = model.ffn
     if ffn.kind == "moe":
-        return ffn.experts * (model.hidden + expert_parameters(model))
-    biases = ((_projections(model) - 1) * ffn.hidden + model.hidden) * ffn.bias
-    return _projections(model) * model.hidden * ffn.hidden + biases
+        shared = _network(model, model.hidden, ffn.shared_hidden) if ffn.shared_experts else 0
+        return ffn.experts * (model.hidden + expert_parameters(model)) + shared + 2 * model.hidden * (ffn.descend or 0)
+    return _network(model, model.hidden, ffn.hidden)
+
+
+def _network(model: ModelConfig, outside: int, inside: int) -> int:
+    """Of a feed-forward network, with its biases."""
+    biases = ((_projections(model) - 1) * inside + outside) * model.ffn.bias
+    return _projections(model) * outside * inside + biases
 
 
 def active_ffn_parameters(model: ModelConfig) -> int:
@@ -70,7 +91,7 @@ def active_ffn_parameters(model: ModelConfig) -> int:
 
 def expert_parameters(model: ModelConfig) -> int:
     """Of one expert."""
-    return _projections(model) * model.hidden * model.ffn.hidden
+    return _network(model, model.ffn.descend or model.hidden, model.ffn.hidden)
 
 
 def _projections(model: ModelConfig) -> int:
@@ -114,16 +135,25 @@ def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = True) ->
     head, extra = _table(model), model.mtp.heads
     weights = matmul_parameters(model) + (1 + extra) * head + extra * 2 * model.hidden**2
     keys = mean_keys(model, seq_len) if causal else seq_len
-    return 6.0 * weights + 12.0 * (model.layers + extra) * model.attention.heads * model.head_dim * keys
+    return 6.0 * weights + 6.0 * (model.layers + extra) * model.attention.heads * (model.head_dim + model.value_head_dim) * keys
 
 
 def matmul_parameters(model: ModelConfig) -> int:
     """Weights of all blocks, those of multi-token prediction included, that multiply one token's activations: no biases, norms, tables."""
-    a = model.attention
+    blocks = [(model, model.layers + model.mtp.heads - _dense_layers(model)), (model.of_block(0), _dense_layers(model))]
+    return sum(count * block_matmul_parameters(block) for block, count in blocks)
+
+
+def block_matmul_parameters(model: ModelConfig) -> int:
+    """Weights of one block that multiply one token's activations; of `model.of_block(i)` those of block i."""
+    a, ffn = model.attention, model.ffn
     heads = model.head_dim * (2 * a.heads + 2 * model.kv_heads)
-    copies, router = (model.ffn.top_k, model.ffn.experts) if model.ffn.kind == "moe" else (1, 0)
-    block = model.hidden * (heads + router) + copies * expert_parameters(model)
-    return (model.layers + model.mtp.heads) * block
+    attention = sum(_latent_matrices(model)) if a.kind == "mla" else model.hidden * heads
+    if ffn.kind == "dense":
+        return attention + _projections(model) * model.hidden * ffn.hidden
+    width = ffn.descend or model.hidden
+    experts = _projections(model) * ffn.hidden * (ffn.top_k * width + ffn.shared_experts * model.hidden)
+    return attention + experts + model.hidden * (ffn.experts + 2 * (ffn.descend or 0))
 
 
 def mean_keys(model: ModelConfig, seq_len: int) -> float:
@@ -172,4 +202,5 @@ def _block_held(run: RunConfig) -> float:
     attention = attention_parameters(model) / p.tp
     if model.ffn.kind != "moe":
         return attention + ffn_parameters(model) / p.tp
-    return attention + model.hidden * model.ffn.experts + model.ffn.experts * expert_parameters(model) / (p.ep * p.etp)
+    experts = model.ffn.experts * expert_parameters(model)
+    return attention + ffn_parameters(model) - experts + experts / (p.ep * p.etp)

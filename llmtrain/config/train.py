@@ -23,7 +23,7 @@ class OptimConfig(Section):
     """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay."""
-    no_decay: list[str] = ["*.bias"]
+    no_decay: list[str] = ["*.bias", "*_bias"]
     """Parameters without weight decay, as shell patterns over canonical names (Pangu Ultra decays its norms)."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global norm; None does not clip."""

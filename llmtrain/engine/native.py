@@ -71,14 +71,36 @@ class NativeEngine:
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Gradients of the mean over all target tokens of the step; see Engine."""
         total, compiling = self._count_targets(micro_batches), compile_seconds()
-        scale = (self.loss_scale.value if self.loss_scale else 1.0) / total
-        losses = self.stages.train(self._prepared(micro_batches, heads=self.cfg.model.mtp.heads), objective=self.objective, scale=scale)
+        factor = self.loss_scale.value if self.loss_scale else 1.0
+        prepared = self._prepared(micro_batches, heads=self.cfg.model.mtp.heads)
+        losses = self.stages.train(prepared, objective=self.objective, scale=factor / total, factor=factor)
         self._complete_gradients()
         values = self._values(losses)
-        loss_sum, square = self.mesh.sum(self._share(values), self._square_sum())  # one message for both
+        shares = self._share(values), self._square_sum(), *self._expert_shares()
+        loss_sum, square, *experts = self.mesh.sum(*shares)  # one message for all
         self._norm = math.sqrt(square)
         compiling = compile_seconds() - compiling
-        return self._result(micro_batches, values, loss_sum, total, {"compile_seconds": compiling} if compiling else {})
+        metrics = {"compile_seconds": compiling} if compiling else {}
+        return self._result(micro_batches, values, loss_sum, total, metrics | self._expert_metrics(experts))
+
+    def _expert_shares(self) -> list[float]:
+        """What this rank brings to the loss that balances experts, and to the norms of the routers' biases by layer."""
+        usage = self.stages.usage
+        if usage is None:
+            return []
+        balance, norms, mine = usage.end_step(), [0.0] * usage.layers, usage.biases()
+        if not any(map(self.mesh.place, ("dp_replicate", "dp_shard", "cp", "tp"))):
+            for layer, norm in mine.items():
+                norms[layer] = norm
+        return [balance, *(norms if self.cfg.model.ffn.router.bias_rate is not None else [])]
+
+    def _expert_metrics(self, sums: list[float]) -> dict:
+        usage = self.stages.usage
+        if usage is None:
+            return {}
+        layers = usage.metrics() | ({"bias": sums[1:]} if len(sums) > 1 else {})
+        losses = self.cfg.model.ffn.balance is not None or self.cfg.model.ffn.router.z_loss > 0
+        return ({"balance_loss": sums[0]} if losses else {}) | {"experts": layers}
 
     def _prepared(self, batches: Sequence[Batch], *, heads: int = 0) -> list[MicroBatch]:
         whole = {"device": self.device, "cp": self.stages.cp, "multiple": self.mesh.shape.tp, "heads": heads}
@@ -146,6 +168,8 @@ class NativeEngine:
             for gradient in self._gradients():
                 gradient.mul_(limit / norm)
         self.optimizer.step(lr=lr)
+        if self.stages.usage is not None:
+            self.stages.usage.move_biases()
         self.steps_taken += 1
         self._drop(finite=True)
 
@@ -226,6 +250,8 @@ class NativeEngine:
             parts = local_tensor(parameter.detach()), *moments[name]
             for kind, part in zip(("weight", "exp_avg", "exp_avg_sq"), parts):
                 state[f"{name}.{kind}"] = canonical(parameter, part, self.mesh)
+        for part in self.stages.parts.values():
+            state |= {f"{name}.weight": canonical(buffer, buffer, self.mesh) for name, buffer in part.named_buffers()}
         return state
 
     @torch.no_grad()

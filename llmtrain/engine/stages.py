@@ -1,6 +1,7 @@
 """This rank's part of the model: one whole model, or the stages of a pipeline, and how a step goes through them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from llmtrain.config.run import RunConfig
 from llmtrain.device.base import Device
 from llmtrain.device.dtypes import torch_dtype
+from llmtrain.engine.expert_usage import Seen, build_usage, with_loss
 from llmtrain.engine.micro_batch import MicroBatch
+from llmtrain.layout.balance import Groups
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.model import family
 from llmtrain.ops import Ops
@@ -72,6 +75,7 @@ class Stages:
         compiled: bool,
     ):
         self.parts, self.mesh, self.cp, self.plan, self.compiled = parts, mesh, cp, plan, compiled
+        self.balance = cfg.model.ffn.balance if cfg.model.ffn.kind == "moe" else None
         self.parameters: dict[str, nn.Parameter] = {}
         self.copies: dict[str, nn.Parameter] = {}
         self.partial: list[str] = []
@@ -84,6 +88,8 @@ class Stages:
                     self.partial.append(COPY if copied else name)
         self.pipeline = Pipeline(parts, group=mesh.group("pp"), device=device.torch_device) if plan else None
         self.embedding_copy = self._embedding_copy(cfg)
+        self.usage = build_usage(parts, cfg.model, mesh)
+        """How the step uses the experts; None without a mixture of experts."""
 
     def _embedding_copy(self, cfg: RunConfig) -> EmbeddingCopy | None:
         if self.plan is None or not self.plan.copies_embedding:
@@ -116,29 +122,58 @@ class Stages:
         x = micro.tokens if entered is None else entered
         return model(x, positions=micro.positions, mask=micro.mask, **wanted, **shared)
 
-    def train(self, micros: Sequence[MicroBatch], *, objective: Callable[[dict], Tensor], scale: float) -> list[Tensor]:
-        """Forward and backward of `objective` * scale over all micro-batches: the bare objectives, [] without the last stage."""
+    def train(
+        self, micros: Sequence[MicroBatch], *, objective: Callable[[dict], Tensor], scale: float, factor: float = 1.0
+    ) -> list[Tensor]:
+        """Forward and backward of `objective` * scale over all micro-batches: the bare objectives, [] without the last stage.
+
+        What balances experts comes on top, multiplied by `factor`.
+        """
+        window = 1 if self.usage is None else self.usage.begin_step(self._groups(micros), factor=factor)
         if self.pipeline is not None:
             return self._train_pipeline(micros, objective, scale)
         losses = []
-        for index, micro in enumerate(micros):
+        for first in range(0, len(micros), window):
+            losses += self._train_window(micros, range(first, first + window), objective, scale)
+        return losses
+
+    def _groups(self, micros: Sequence[MicroBatch]) -> Groups:
+        rows, length = micros[0].tokens.shape
+        shape = self.mesh.shape
+        return Groups.of_step(self.balance, batch=len(micros) * rows * shape.dp, rows=rows, seq_len=length * shape.cp, ranks=shape.dp)
+
+    def _train_window(self, micros: Sequence[MicroBatch], window: range, objective: Callable, scale: float) -> list[Tensor]:
+        """Forward passes of the micro-batches `window`, which share what balances experts, then their backward passes."""
+        losses, seen = [], []
+        for index in window:
+            where.at(micro_batch=index)
+            outputs, uses = self._watched(0, micros[index], None)
+            losses.append(objective(outputs))
+            seen.append(uses)
+        extras = [None] * len(window) if self.usage is None else self.usage.losses(0, seen)
+        for index, loss, extra in zip(window, losses, extras):
             where.at(micro_batch=index)
             set_gradient_sync(self.parts[0], index == len(micros) - 1)
-            loss = objective(self._call(0, micro, None, targets=True))
-            (loss * scale).backward()
-            losses.append(loss.detach())
-        return losses
+            total = loss * scale
+            (total if extra is None else total + extra).backward()
+        return [loss.detach() for loss in losses]
+
+    def _watched(self, stage: int, micro: MicroBatch, entered: Tensor | None) -> tuple[dict[str, Tensor], Seen]:
+        """A forward pass with targets, and how it used the experts."""
+        with nullcontext([]) if self.usage is None else self.usage.watching() as seen:
+            return self._call(stage, micro, entered, targets=True), seen
 
     def _train_pipeline(self, micros: Sequence[MicroBatch], objective: Callable, scale: float) -> list[Tensor]:
         losses: dict[int, Tensor] = {}
 
         def forward(stage: int, index: int, entered: Tensor | None) -> Tensor:
-            outputs = self._call(stage, micros[index], entered, targets=True)
+            outputs, seen = self._watched(stage, micros[index], entered)
+            (extra,) = [None] if self.usage is None else self.usage.losses(stage, [seen])
             if "hidden" in outputs:
-                return outputs["hidden"]
+                return with_loss(outputs["hidden"], extra)
             loss = objective(outputs)
             losses[index] = loss.detach()
-            return loss * scale
+            return with_loss(loss * scale, extra)
 
         schedule = self.plan.schedule(len(micros))
         self.pipeline.run(schedule, forward, shape=lambda m: self.sizes.of(micros[m]), dtype=self.sizes.dtype)

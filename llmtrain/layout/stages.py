@@ -38,13 +38,13 @@ def costs(model: ModelConfig, seq_len: int) -> PartCosts:
     """The costs of `model` on sequences of `seq_len` tokens, in closed form; layers x block + the rest is config's flops_per_token.
 
     An embedding is a lookup and costs nothing, a head of V entries 6 V D, a head of multi-token prediction a block, the projection from
-    2D to D and another pass of the head.
+    2D to D and another pass of the head. Blocks count as their mean: the dense ones before experts are made to cost about as much.
 
     Raises:
         ConfigError: model.vocab_size is not set.
     """
     heads = model.mtp.heads
-    attention = 12.0 * model.attention.heads * model.head_dim * mean_keys(model, seq_len)
+    attention = 6.0 * model.attention.heads * (model.head_dim + model.value_head_dim) * mean_keys(model, seq_len)
     block = 6.0 * matmul_parameters(model) / (model.layers + heads) + attention
     rest = flops_per_token(model, seq_len) - model.layers * block
     head = (rest - heads * (block + 12.0 * model.hidden**2)) / (1 + heads)

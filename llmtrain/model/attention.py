@@ -12,7 +12,8 @@ from llmtrain.model.norm import RMSNorm
 class Attention(nn.Module):
     """Project, normalise per head if asked, rotate, attend, project back: [B,S,D] -> [B,S,D].
 
-    The number of heads is read from what `qkv` gives, so projections sharded over heads from outside just work.
+    Another kind of attention derives from this. The number of heads is read from what `qkv` gives, so projections sharded over heads from
+    outside just work.
     """
 
     def __init__(self, cfg: ModelConfig, *, ops):

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.model.attention import Attention
 from llmtrain.model.cache import LayerCache
-from llmtrain.model.ffn import build_ffn
+from llmtrain.model.ffn import build_dense
+from llmtrain.model.mla import LatentAttention
+from llmtrain.model.moe import MoE
 from llmtrain.model.norm import build_norm
 
 
@@ -21,10 +23,10 @@ class Block(nn.Module):
         super().__init__()
         sandwich = cfg.norm.placement != "pre"
         self.attention_norm = build_norm(cfg.norm, cfg.hidden, ops=ops)
-        self.attention = Attention(cfg, ops=ops)
+        self.attention = (LatentAttention if cfg.attention.kind == "mla" else Attention)(cfg, ops=ops)
         self.post_attention_norm = build_norm(cfg.norm, cfg.hidden, ops=ops) if sandwich else None
         self.ffn_norm = build_norm(cfg.norm, cfg.hidden, ops=ops)
-        self.ffn = build_ffn(cfg, ops=ops)
+        self.ffn = MoE(cfg, ops=ops) if cfg.ffn.kind == "moe" else build_dense(cfg.ffn, cfg.hidden, ops=ops)
         self.post_ffn_norm = build_norm(cfg.norm, cfg.hidden, ops=ops) if sandwich else None
 
     def before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

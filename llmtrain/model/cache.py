@@ -174,4 +174,4 @@ class StepLayer:
 
 def cache_bytes(cfg: ModelConfig, *, slots: int, capacity: int, itemsize: int) -> int:
     """Bytes of the keys and values of `slots` sequences of `capacity` tokens, all blocks together."""
-    return 2 * cfg.layers * slots * capacity * cfg.kv_heads * cfg.head_dim * itemsize
+    return cfg.layers * slots * capacity * cfg.kv_heads * (cfg.head_dim + cfg.value_head_dim) * itemsize

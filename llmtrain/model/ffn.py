@@ -1,20 +1,19 @@
-"""The feed-forward branch."""
+"""The dense feed-forward branch."""
 
 from torch import Tensor, nn
 
-from llmtrain.config.model import ModelConfig
-from llmtrain.model.moe import MoE
+from llmtrain.config.ffn import FFNConfig, MoEConfig
 
 
 class SwiGLU(nn.Module):
     """silu(x Wg) * (x Wu), projected back: [..,D] -> [..,D] (arXiv 2002.05202)."""
 
-    def __init__(self, cfg: ModelConfig, *, ops):
+    def __init__(self, hidden: int, width: int, *, bias: bool, ops):
         super().__init__()
         self.ops = ops
-        self.gate_proj = nn.Linear(cfg.hidden, cfg.ffn.hidden, bias=cfg.ffn.bias)
-        self.up_proj = nn.Linear(cfg.hidden, cfg.ffn.hidden, bias=cfg.ffn.bias)
-        self.down_proj = nn.Linear(cfg.ffn.hidden, cfg.hidden, bias=cfg.ffn.bias)
+        self.gate_proj = nn.Linear(hidden, width, bias=bias)
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activate(*(proj(x) for proj in self.expanding())))
@@ -31,11 +30,11 @@ class SwiGLU(nn.Module):
 class GELU(nn.Module):
     """gelu(x Wu), projected back: [..,D] -> [..,D] (tanh form, GPT-2)."""
 
-    def __init__(self, cfg: ModelConfig, *, ops):
+    def __init__(self, hidden: int, width: int, *, bias: bool, ops):
         super().__init__()
         self.ops = ops
-        self.up_proj = nn.Linear(cfg.hidden, cfg.ffn.hidden, bias=cfg.ffn.bias)
-        self.down_proj = nn.Linear(cfg.ffn.hidden, cfg.hidden, bias=cfg.ffn.bias)
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activate(self.up_proj(x)))
@@ -49,8 +48,6 @@ class GELU(nn.Module):
         return self.ops.gelu(up)
 
 
-def build_ffn(cfg: ModelConfig, *, ops) -> nn.Module:
-    """The branch that `model.ffn.kind` and `activation` name."""
-    if cfg.ffn.kind == "moe":
-        return MoE(cfg, ops=ops)
-    return (SwiGLU if cfg.ffn.activation == "swiglu" else GELU)(cfg, ops=ops)
+def build_dense(ffn: FFNConfig | MoEConfig, hidden: int, *, width: int | None = None, ops) -> nn.Module:
+    """The dense network of `ffn.activation`, D = `hidden` wide outside and `width` (ffn.hidden if not given) inside."""
+    return (SwiGLU if ffn.activation == "swiglu" else GELU)(hidden, width or ffn.hidden, bias=ffn.bias, ops=ops)

@@ -12,7 +12,8 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.convert.placed import held
 from llmtrain.model.draw import normals
 
-_RESIDUAL_OUTPUTS = ("out_proj.weight", "down_proj.weight", "experts.down_proj")
+_RESIDUAL_OUTPUTS = ("out_proj.weight", "down_proj.weight", "experts.down_proj", "ascend_proj.weight")
+_NARROWING = ("q_down_proj.weight", "kv_down_proj.weight")
 _EMBEDDINGS = ("embedding.weight", "position_embedding.weight")
 _DRAW = 1 << 20  # elements drawn at once, to bound memory
 
@@ -34,7 +35,14 @@ def matrix_std(cfg: ModelConfig, name: str) -> float:
     if init.kind == "tiny":
         return 0.5 if name in _EMBEDDINGS else math.sqrt(1 / (2 * width * depth))
     general, scale = (init.std, 2 * depth) if init.kind == "normal" else (math.sqrt(2 / (5 * width)), depth)
-    return general / math.sqrt(scale) if name.endswith(_RESIDUAL_OUTPUTS) else general
+    return general / math.sqrt(scale) if _leaves_a_branch(cfg, name) else general
+
+
+def _leaves_a_branch(cfg: ModelConfig, name: str) -> bool:
+    """Whether what the matrix gives is added to the residual stream, with nothing but norms in between."""
+    if name.endswith(_NARROWING) or (name.endswith("experts.down_proj") and cfg.ffn.kind == "moe" and cfg.ffn.descend):
+        return False
+    return name.endswith(_RESIDUAL_OUTPUTS)
 
 
 def post_norm_gamma(cfg: ModelConfig, branch: str) -> float:
@@ -52,7 +60,7 @@ def post_norm_gamma(cfg: ModelConfig, branch: str) -> float:
 def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
     """Fill every parameter (plain or DTensor) from (seed, canonical name, element index).
 
-    Each rank draws only the elements that it holds, on the CPU. Biases are 0, norm gammas 1, depth-scaled post norms
+    Each rank draws only the elements that it holds, on the CPU. Biases, and buffers, are 0, norm gammas 1, depth-scaled post norms
     c / sqrt(L); a family's own `initial(name)` comes first. Raises ValueError for a parameter still on meta.
     """
     for raw_name, param in model.named_parameters():
@@ -60,14 +68,16 @@ def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
         if param.is_meta:
             raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) before initialise")
         own = model.initial(name) if hasattr(model, "initial") else None
-        if param.ndim > 1:
+        if param.ndim > 1 and not name.endswith("_bias"):
             _fill_normal(param, seed, name, matrix_std(cfg, name) if own is None else own)
         else:
             _local(param).fill_(_vector_value(cfg, name) if own is None else own)
+    for buffer in model.buffers():  # biases of routers
+        buffer.zero_()
 
 
 def _vector_value(cfg: ModelConfig, name: str) -> float:
-    if name.endswith(".bias"):
+    if name.endswith("bias"):
         return 0.0
     if name.endswith(("post_attention_norm.weight", "post_ffn_norm.weight")):
         return post_norm_gamma(cfg, "attention" if "post_attention" in name else "ffn")

@@ -1,61 +1,56 @@
 """A mixture of experts in the place of the dense feed-forward branch."""
 
-import torch
-import torch.nn.functional as F
+import math
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.model.experts import Experts, LocalDispatcher, RoutedExperts
-
-
-class Router(nn.Module):
-    """Which experts each token goes to, and with what weight: x [N,D] -> probs [N,k], ids [N,k] (int64).
-
-    Softmax over all experts, then the k most probable (Mixtral, arXiv 2401.04088), computed in fp32 or higher whatever x has. Of equally
-    probable experts the one with the lowest id comes first, on every device.
-    """
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(cfg.ffn.experts, cfg.hidden))
-        self.top_k, self.renormalise = cfg.ffn.top_k, cfg.ffn.renormalise
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-        scores = F.linear(x.to(precise), self.weight.to(precise)).softmax(-1)  # [N,E]
-        ids = highest(scores.detach(), self.top_k)
-        probs = scores.gather(-1, ids)
-        return (probs / probs.sum(-1, keepdim=True) if self.renormalise else probs), ids
-
-
-def highest(scores: Tensor, k: int) -> Tensor:
-    """Columns of the k highest scores of each row, [N,E] in fp32 or fp64 -> [N,k] int64, highest first, of equal ones the first column.
-
-    topk leaves open which of equal ones it takes. In fp32 it gets whole numbers that put the column behind the score (four to five times
-    faster than sorting all of them).
-    """
-    if scores.dtype != torch.float32:
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 makes -0 a 0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats run backwards
-    columns = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
-    return (ordered * 2**32 + columns).topk(k, dim=-1).indices
+from llmtrain.model.experts import Experts, LocalDispatcher, Meanwhile, RoutedExperts
+from llmtrain.model.ffn import build_dense
+from llmtrain.model.router import Choice, Router, Usage, within_capacity
 
 
 class MoE(nn.Module):
-    """Router and routed experts: [..,D] -> [..,D].
+    """Router, routed experts and shared experts: [..,D] -> [..,D].
 
     `routed` is the seam of `RoutedExperts`: what moves tokens between ranks, or a fused implementation, is put in its place. It is no
-    submodule, so the experts' parameters are this module's `experts.*`.
+    submodule, so the experts' parameters are this module's `experts.*`. With `model.ffn.descend` what goes through the seam is narrower:
+    one projection before it and one after it are shared by all experts, while the router sees all of x (BigMac, arXiv 2502.16927).
     """
 
     def __init__(self, cfg: ModelConfig, *, ops):
         super().__init__()
         ffn = cfg.ffn
+        self.count, self.top_k, self.capacity = ffn.experts, ffn.top_k, ffn.capacity
         self.router = Router(cfg)
-        self.experts = Experts(ffn.experts, cfg.hidden, ffn.hidden, ops=ops, activation=ffn.activation)
-        self.routed = RoutedExperts(self.experts, LocalDispatcher(ffn.experts, ops))
+        width = ffn.descend or cfg.hidden
+        self.descend_proj = nn.Linear(cfg.hidden, width, bias=False) if ffn.descend else None
+        self.experts = Experts(ffn.experts, width, ffn.hidden, ops=ops, activation=ffn.activation, bias=ffn.bias)
+        self.ascend_proj = nn.Linear(width, cfg.hidden, bias=False) if ffn.descend else None
+        self.shared = build_dense(ffn, cfg.hidden, width=ffn.shared_hidden, ops=ops) if ffn.shared_experts else None
+        self.routed = RoutedExperts(self.experts, LocalDispatcher(ffn.experts, ops, drops=ffn.capacity is not None))
+        self.observe: Callable[[Callable[..., Usage]], None] | None = None
+        """If set, called in every forward pass with `Router.usage` of it, of which `losses` is left to say."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)  # [N,D]
-        return self.routed(rows, *self.router(rows)).view_as(x)
+        choice = self.router(rows)
+        ids = self._admitted(choice, x)
+        if self.observe is not None:
+            self.observe(partial(self.router.usage, choice, ids, x.shape[0]))
+        sent = rows if self.descend_proj is None else self.descend_proj(rows)
+        shared = None if self.shared is None else Meanwhile(partial(self.shared, rows))
+        out = self.routed(sent, choice.probs, ids, meanwhile=shared)
+        if self.ascend_proj is not None:
+            out = self.ascend_proj(out)
+        return (out if shared is None else out + shared.result()).view_as(x)
+
+    def _admitted(self, choice: Choice, x: Tensor) -> Tensor:
+        """The experts [N,k] of each token that have room for it, their number for none."""
+        if self.capacity is None:
+            return choice.ids
+        groups = max(1, x.shape[0] // self.capacity.sequences)
+        room = math.ceil(self.capacity.factor * choice.ids.numel() / (groups * self.count))
+        return within_capacity(choice.probs, choice.ids, self.count, groups=groups, capacity=room)

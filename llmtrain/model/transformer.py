@@ -38,8 +38,8 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.hidden, _weight=torch.empty(cfg.vocab_size, cfg.hidden))
         learned = cfg.position.kind == "learned"
         self.position_embedding = _positions(cfg) if learned else None
-        self.rope = None if learned else Rope(cfg.position, cfg.head_dim)
-        self.blocks = nn.ModuleDict({str(i): self.block(cfg, ops=ops) for i in range(cfg.layers)})
+        self.rope = None if learned else Rope(cfg.position, cfg.rope_dim)
+        self.blocks = nn.ModuleDict({str(i): self.block(cfg.of_block(i), ops=ops) for i in range(cfg.layers)})
         self.final_norm = build_norm(cfg.norm, cfg.hidden, ops=ops)
         self.head = Head(cfg.vocab_size, cfg.hidden, ops=ops, loss_chunk=loss_chunk)
         self.mtp = build_mtp(cfg, ops=ops, block=self.block)

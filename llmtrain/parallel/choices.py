@@ -34,18 +34,23 @@ def choices(cfg: RunConfig, shape: MeshShape, *, device: str, hardware: str | No
         sums = lengths_of_sums(cfg.model, shape.tp)
         tp = choose_implementation(parallel.tp_kind, Demand(device, shape.tp, sums, dtype, hardware))
     if shape.ep > 1:
-        ep = choose_ep(parallel.ep_kind, _exchange(cfg, shape, device=device, hardware=hardware))
+        ep = choose_ep(parallel.ep_kind, _exchange(cfg, shape, device=device, hardware=hardware), cfg.model.ffn)
     return Choices(tp, ep)
 
 
 def lengths_of_sums(cfg: ModelConfig, ranks: int) -> tuple[int, ...]:
     """Over how many numbers the products beside collectives sum on each of `ranks` ranks of tp, forward and backward."""
-    columns = cfg.attention.heads // ranks * cfg.head_dim
-    projections = columns + 2 * max(cfg.kv_heads // ranks, 1) * cfg.head_dim
-    sums = {cfg.hidden, columns, projections}
-    if cfg.ffn.kind == "dense":
+    a, heads = cfg.attention, cfg.attention.heads // ranks
+    if a.kind == "mla":
+        keys = heads * (a.nope_dim + a.value_dim)
+        sums = {a.query_rank or cfg.hidden, a.kv_rank, heads * cfg.head_dim, keys, heads * a.value_dim}
+    else:
+        projections = (heads + 2 * max(cfg.kv_heads // ranks, 1)) * cfg.head_dim
+        sums = {cfg.hidden, heads * cfg.head_dim, projections}
+    widths = [cfg.ffn.hidden] if cfg.ffn.kind == "dense" else [cfg.of_block(0).ffn.hidden] if cfg.ffn.dense_layers else []
+    for width in widths:
         expanding = 2 if cfg.ffn.activation == "swiglu" else 1
-        sums |= {cfg.ffn.hidden // ranks, expanding * cfg.ffn.hidden // ranks}
+        sums |= {width // ranks, expanding * width // ranks}
     return tuple(sorted(sums))
 
 
@@ -58,9 +63,9 @@ def _exchange(cfg: RunConfig, shape: MeshShape, *, device: str, hardware: str | 
         device=device,
         ranks=shape.ep,
         experts=ffn.experts,
-        widths=(cfg.model.hidden, ffn.hidden // shape.etp),
+        widths=(ffn.descend or cfg.model.hidden, ffn.hidden // shape.etp),
         choices=ffn.top_k,
-        sent=tuple(sorted(count * ffn.top_k * cfg.model.hidden * dtype.itemsize for count in tokens)),
+        sent=tuple(sorted(count * ffn.top_k * (ffn.descend or cfg.model.hidden) * dtype.itemsize for count in tokens)),
         dtype=dtype,
         hardware=hardware,
     )

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import UserError
-from llmtrain.model.experts import Dispatched, Experts, RoutedExperts
+from llmtrain.model.experts import Dispatched, Experts, Meanwhile, RoutedExperts, sort_rows, unsort_rows
 from llmtrain.model.moe import MoE
 from llmtrain.ops.experts import inverse
 from llmtrain.parallel.ep_fused import FusedExperts
@@ -61,9 +61,12 @@ class AllToAllDispatcher:
     group: dist.ProcessGroup
     experts: int
     ops: Any
+    drops: bool = False
+    """As in LocalDispatcher."""
 
     def start(self, x: Tensor, probs: Tensor, ids: Tensor) -> Arriving:
-        rows, order, counts = self.ops.permute(x, ids, self.experts)  # [N k,W], sorted by expert and so by rank
+        # At most [N k,W], sorted by expert and so by rank.
+        rows, order, counts = sort_rows(self.ops, x, ids, self.experts, drops=self.drops)
         received = torch.empty_like(counts)
         dist.all_to_all_single(received, counts, group=self.group)
         by_rank = torch.stack((received, counts)).view(2, self.group.size(), -1)
@@ -86,7 +89,7 @@ class AllToAllDispatcher:
 
     def combine_wait(self, handle: tuple["Transfer", Tensor, Return]) -> Tensor:
         transfer, buffer, combine = handle
-        return self.ops.unpermute(transfer.wait(buffer), combine.order, combine.probs)
+        return unsort_rows(self.ops, transfer.wait(buffer), combine.order, combine.probs)
 
 
 @dataclass
@@ -177,9 +180,9 @@ class SplitExperts:
     inner: RoutedExperts
     group: dist.ProcessGroup
 
-    def __call__(self, x: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, probs: Tensor, ids: Tensor, *, meanwhile: Meanwhile | None = None) -> Tensor:
         everyone = gathered_rows(x, self.group), gathered_rows(probs, self.group), start_gather(ids, self.group).wait()
-        return summed_rows(self.inner(*everyone), self.group)
+        return summed_rows(self.inner(*everyone, meanwhile=meanwhile), self.group)
 
 
 def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.ProcessGroup | None = None, kind: str = "all_to_all") -> None:
@@ -206,6 +209,8 @@ def check_ep(model: ModelConfig, *, ep: int, etp: int) -> None:
     """Raise UserError, with the arithmetic, unless the experts of this model can be shared so."""
     if model.ffn.kind != "moe":
         raise UserError(f"parallel.ep {ep} and etp {etp} share experts, and model.ffn.kind {model.ffn.kind} has none; set both to 1")
+    if etp > 1 and model.ffn.bias:
+        raise UserError(f"parallel.etp {etp} splits experts, whose biases (model.ffn.bias) would be added {etp} times; set parallel.etp 1")
     _check(model.ffn.experts, model.ffn.hidden, ep=ep, etp=etp)
 
 
@@ -225,13 +230,14 @@ def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None, *, 
     count, _, width = experts.up_proj.shape
     _check(count, width, ep=ep, etp=etp)
     _shard_weights(experts, mesh, [axis for axis, size in (("ep", ep), ("etp", etp)) if size > 1])
-    experts.weights = partial(_local_weights, experts)
+    experts.weights = partial(_local, experts, ("gate_proj", "up_proj", "down_proj"))
+    experts.biases = partial(_local, experts, ("gate_bias", "up_bias", "down_bias"))
     if ep > 1:
         group = mesh.get_group("ep")
         if fused:
             layer.routed = FusedExperts(experts, group, count)
         else:
-            layer.routed = RoutedExperts(experts, AllToAllDispatcher(group, count, experts.ops))
+            layer.routed = RoutedExperts(experts, AllToAllDispatcher(group, count, experts.ops, drops=layer.capacity is not None))
     if etp > 1:
         layer.routed = SplitExperts(layer.routed, tp_group or mesh.get_group("etp"))
 
@@ -246,6 +252,6 @@ def _shard_weights(experts: Experts, mesh: DeviceMesh, axes: list[str]) -> None:
         experts.register_parameter(name, nn.Parameter(sharded))
 
 
-def _local_weights(experts: Experts) -> tuple[Tensor | None, Tensor, Tensor]:
-    """As Experts.weights, of this rank's part. Read at every call: FSDP2 swaps the parameters."""
-    return tuple(map(local_tensor, (experts.gate_proj, experts.up_proj, experts.down_proj)))
+def _local(experts: Experts, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+    """This rank's part of parameters. Read at every call: FSDP2 swaps the parameters."""
+    return tuple(local_tensor(getattr(experts, name)) for name in names)

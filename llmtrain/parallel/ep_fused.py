@@ -9,8 +9,9 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
+from llmtrain.config.ffn import MoEConfig
 from llmtrain.errors import UserError
-from llmtrain.model.experts import Experts
+from llmtrain.model.experts import Experts, Meanwhile
 from llmtrain.parallel.ops.choice import Chosen
 from llmtrain.parallel.ops.npu_experts import Exchange, alltoallv_matmul, matmul_alltoallv
 from llmtrain.parallel.ops.npu_limits import ExchangeDemand, generation_of, refuse_exchange
@@ -24,7 +25,7 @@ class FusedExperts:
         # Through the module's own call, in which FSDP2 gathers its parameters.
         experts.forward = partial(_through_experts, experts)
 
-    def __call__(self, x: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, probs: Tensor, ids: Tensor, *, meanwhile: Meanwhile | None = None) -> Tensor:
         ops = self.experts.ops
         rows, order, counts = ops.permute(x, ids, self.count)  # [N k,D], sorted by expert and so by rank
         results = self.experts(rows, Exchange.of(counts, self.group, ops.grouped_mm))
@@ -42,9 +43,9 @@ def _through_experts(experts: Experts, rows: Tensor, exchange: Exchange) -> Tens
     return matmul_alltoallv(inner, down_proj, exchange)
 
 
-def choose_ep(kind: str, demand: ExchangeDemand) -> Chosen:
+def choose_ep(kind: str, demand: ExchangeDemand, ffn: MoEConfig) -> Chosen:
     """`all_to_all` or `fused` for what `parallel.ep_kind` says. Raises UserError for `fused` where it cannot serve this."""
-    reason = refuse_exchange(demand)
+    reason = refuse_exchange(demand) or _refuse_experts(ffn)
     if kind == "fused" and reason:
         raise UserError(f"parallel.ep_kind fused: {reason}; use all_to_all")
     if kind != "auto":
@@ -54,3 +55,9 @@ def choose_ep(kind: str, demand: ExchangeDemand) -> Chosen:
     if reason is None and generation_of(demand.hardware) is None:
         reason = "this NPU is none of those it is documented for"
     return Chosen("all_to_all", f"fused: {reason}") if reason else Chosen("fused")
+
+
+def _refuse_experts(ffn: MoEConfig) -> str | None:
+    if ffn.bias:
+        return "its products have no biases (model.ffn.bias)"
+    return "it sends every choice (model.ffn.capacity)" if ffn.capacity else None

@@ -98,6 +98,10 @@ class _WholeSequence(Splitter):
         weights, biases = self.attention_weights(attention, kv_rows)
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
 
+    def widen(self, attention: nn.Module, queries: Tensor, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights = (local_tensor(proj.weight) for proj in (attention.q_up_proj, attention.kv_up_proj))
+        return *(F.linear(x, weight) for x, weight in zip((queries, latent), weights)), shared
+
     def attention_output(self, attention: nn.Module, out: Tensor) -> Tensor:
         return self._add(attention.out_proj, out.transpose(1, 2).flatten(2))
 

@@ -17,9 +17,11 @@ from llmtrain.errors import UserError
 from llmtrain.model.attention import Attention
 from llmtrain.model.ffn import GELU, SwiGLU
 from llmtrain.model.head import Head
+from llmtrain.model.mla import LatentAttention
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.ops import (
     all_gather_matmul,
+    all_gather_sequence,
     gather_vocabulary,
     matmul_reduce_scatter,
     vocab_cross_entropy,
@@ -65,8 +67,10 @@ def check_tp(cfg: ModelConfig, ranks: int) -> None:
             f"{tp} and model.attention.kv_heads {kv_heads}: one must divide the other, so that a rank has whole key/value heads; "
             f"change parallel.tp"
         )
-    if cfg.ffn.kind == "dense" and cfg.ffn.hidden % ranks:
-        raise UserError(f"{tp} does not divide model.ffn.hidden {cfg.ffn.hidden} (remainder {cfg.ffn.hidden % ranks})")
+    first = cfg.of_block(0).ffn  # dense, or there is no dense one
+    if first.kind == "dense" and first.hidden % ranks:
+        name = "hidden" if cfg.ffn.kind == "dense" else "dense_hidden"
+        raise UserError(f"{tp} does not divide model.ffn.{name} {first.hidden} (remainder {first.hidden % ranks})")
     if -(-vocab // ranks) * (ranks - 1) >= vocab:
         raise UserError(f"{tp} leaves the last rank nothing of model.vocab_size {vocab}: {-(-vocab // ranks)} entries for each rank before")
 
@@ -87,7 +91,8 @@ class Splitter:
             if not isinstance(block.attention, Attention):
                 kind = type(block.attention).__name__
                 raise UserError(f"parallel.tp {self.mesh.size()}: the attention of block {name}, {kind}, cannot be split")
-            self.attention(block.attention)
+            split = self.latent_attention if isinstance(block.attention, LatentAttention) else self.attention
+            split(block.attention)
             if isinstance(block.ffn, SwiGLU | GELU):
                 self.feed_forward(block.ffn)
         if model.embedding is not None:
@@ -136,6 +141,20 @@ class Splitter:
             weights[1:] = [weight[kv_rows] for weight in weights[1:]]
             biases[1:] = [None if bias is None else bias[kv_rows] for bias in biases[1:]]
         return weights, biases
+
+    def latent_attention(self, attention: LatentAttention) -> None:
+        """Split by heads from the narrow vectors on; what makes these stays whole and sees S/t positions."""
+        for proj in (attention.q_up_proj, attention.kv_up_proj):
+            self.split(proj, "weight", 0)
+        self.split(attention.out_proj, "weight", 1)
+        attention.widen = partial(self.widen, attention)
+        attention.output = partial(self.attention_output, attention)
+
+    def widen(self, attention: LatentAttention, queries: Tensor, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B,S/t,..] each -> queries [B,S,H/t*d], keys with values [B,S,H/t*(nope+dv)], rotated keys [B,S,rope]."""
+        (q,) = all_gather_matmul(queries, [local_tensor(attention.q_up_proj.weight)], **self.fused)
+        (kv,) = all_gather_matmul(latent, [local_tensor(attention.kv_up_proj.weight)], **self.fused)
+        return q, kv, all_gather_sequence(shared, self.group)
 
     def attention_output(self, attention: Attention, out: Tensor) -> Tensor:
         """[B,H/t,S,d] -> [B,S/t,D]."""

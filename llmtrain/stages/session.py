@@ -36,13 +36,13 @@ def op_call(cfg: RunConfig, device: Device) -> Call:
         capability=device.capability(),
         parameter_dtype=torch_dtype(cfg.precision.params),
         head_dim=model.head_dim,
-        value_head_dim=model.head_dim,
+        value_head_dim=model.value_head_dim,
         heads=model.attention.heads,
         kv_heads=model.kv_heads,
         documents=cfg.data.document_mask,
         window=model.attention.window,
         deterministic=cfg.train.deterministic,
-        expert_widths=(model.hidden, model.ffn.hidden // cfg.parallel.etp) if model.ffn.kind == "moe" else (),
+        expert_widths=(model.ffn.descend or model.hidden, model.ffn.hidden // cfg.parallel.etp) if model.ffn.kind == "moe" else (),
     )
 
 

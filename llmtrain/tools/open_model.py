@@ -166,7 +166,7 @@ def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype, mesh: Mesh 
         capability=place.capability(),
         backward=False,
         head_dim=cfg.head_dim,
-        value_head_dim=cfg.head_dim,
+        value_head_dim=cfg.value_head_dim,
         heads=cfg.attention.heads,
         kv_heads=cfg.kv_heads,
         window=cfg.attention.window,

@@ -8,20 +8,22 @@ import torch
 import torch.nn.functional as F
 
 from llmtrain.config.errors import ConfigError
+from llmtrain.config.ffn import FFNConfig, MoEConfig
 from llmtrain.config.load import load
-from llmtrain.config.model import FFNConfig, ModelConfig, MoEConfig
+from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters, flops_per_token
 from llmtrain.model import build, initialise
-from llmtrain.model.moe import MoE, highest
+from llmtrain.model.moe import MoE
+from llmtrain.model.router import highest
 from llmtrain.ops import Call, Mask, resolve
 
 SHAPE = {"vocab_size": 61, "layers": 2, "hidden": 32, "max_seq_len": 48, "attention": {"heads": 4, "kv_heads": 2}, "init": {"std": 0.2}}
 MOE = {"kind": "moe", "experts": 6, "top_k": 2, "hidden": 20}
 CASES = {
     "swiglu": MOE,
-    "as it is": MOE | {"renormalise": False},
+    "as it is": MOE | {"router": {"renormalise": False}},
     "gelu": MOE | {"activation": "gelu"},
-    "top 1": MOE | {"top_k": 1, "renormalise": False},
+    "top 1": MOE | {"top_k": 1, "router": {"renormalise": False}},
     "all": MOE | {"top_k": 6},
 }
 
@@ -42,7 +44,7 @@ def dense_formula(weights: dict, ffn: dict, x):
     scores = scores / scores.sum(1, keepdim=True)  # [N,E]
     rank = (scores[:, None, :] > scores[:, :, None]).sum(-1)  # how many experts are more probable
     probs = torch.where(rank < ffn["top_k"], scores, 0.0)
-    if ffn.get("renormalise", True):
+    if ffn.get("router", {}).get("renormalise", True):
         probs = probs / probs.sum(1, keepdim=True)
     up = torch.einsum("nd,edf->enf", x, weights["experts.up_proj"])
     if ffn.get("activation") == "gelu":
@@ -79,7 +81,7 @@ def test_the_router_computes_in_fp32_whatever_it_is_given():
     module, exact = layer(MOE, torch.bfloat16), layer(MOE)
     exact.load_state_dict(module.state_dict())
     x = torch.randn(300, 32).bfloat16()
-    (probs, ids), (expected, expected_ids) = module.router(x), exact.router(x.double())
+    (probs, ids, *_), (expected, expected_ids, *_) = module.router(x), exact.router(x.double())
     assert probs.dtype == torch.float32 and torch.equal(ids, expected_ids)
     torch.testing.assert_close(probs.double(), expected, rtol=1e-5, atol=1e-7)
     assert module(x).dtype == torch.bfloat16
@@ -163,7 +165,12 @@ def test_another_kind_starts_afresh_over_a_preset_without_one():
     ("ffn", "message"),
     [
         ({"kind": "moe", "experts": 2, "top_k": 3}, r"model\.ffn\.top_k 3 is more than model\.ffn\.experts 2"),
-        ({"kind": "moe", "bias": True}, r"model\.ffn\.bias: no such option"),
+        ({"kind": "moe", "renormalise": True}, r"model\.ffn\.renormalise: no such option"),
+        ({"kind": "moe", "router": {"groups": 3}}, r"model\.ffn\.router\.groups 3 must divide model\.ffn\.experts 8"),
+        (
+            {"kind": "moe", "top_k": 5, "router": {"groups": 4, "top_groups": 2}},
+            r"top_k 5 is more than the 4 experts of router\.top_groups",
+        ),
         ({"kind": "mo"}, r"model\.ffn\.kind: 'mo' is not allowed.*one of dense, moe"),
         ({"experts": 4}, r"model\.ffn\.experts: no such option"),
     ],
@@ -199,7 +206,7 @@ def test_a_width_that_the_fast_grouped_product_refuses_gets_another_one():
 
 def test_no_token_for_most_experts_still_gives_every_weight_a_gradient():
     for dtype in (torch.float32, torch.float64):  # two implementations of the grouped product
-        module = layer(MOE | {"top_k": 1, "renormalise": False}, dtype)
+        module = layer(MOE | {"top_k": 1, "router": {"renormalise": False}}, dtype)
         x = torch.randn(1, 32, dtype=dtype)
         module(x).sum().backward()
         gradients = [p.grad.flatten(1).norm(dim=1) for p in module.experts.parameters()]

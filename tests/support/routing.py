@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmtrain.engine import native
 from llmtrain.engine.stages import Stages
-from llmtrain.model.moe import Router
+from llmtrain.model.router import Router
 
 
 class Routing:
@@ -44,12 +44,13 @@ class Routing:
                 self._numbers = None
 
         def routed(router, x):
-            probs, ids = route(router, x)
+            choice = route(router, x)
+            ids = choice.ids
             if self._numbers is not None:
                 layer = self.chosen.setdefault(self.names[router], {})
                 assert len(self._numbers) == len(ids), (len(self._numbers), len(ids))
                 layer |= {n: tuple(chosen) for n, chosen in zip(self._numbers.tolist(), ids.tolist()) if n}
-            return probs, ids
+            return choice
 
         native.prepare, Stages._call, Router.forward = prepared, called, routed
         return self

@@ -15,8 +15,8 @@ from llmtrain.engine.native import build
 from llmtrain.layout.shards import Shards
 from llmtrain.layout.steps import StepPlan
 from llmtrain.layout.traffic import sent, traffic
-from llmtrain.model.moe import Router
 from llmtrain.model.objective import cross_entropy
+from llmtrain.model.router import Choice, Router
 from llmtrain.ops import resolve
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.fsdp import local_tensor
@@ -80,9 +80,9 @@ class Even:
         self.route = router.forward
 
     def __call__(self, x):
-        probs, ids = self.route(x)
-        even = torch.arange(len(ids))[:, None] + torch.arange(ids.shape[1])
-        return probs, even % self.experts(x)
+        choice: Choice = self.route(x)
+        even = torch.arange(len(choice.ids))[:, None] + torch.arange(choice.ids.shape[1])
+        return choice._replace(ids=even % self.experts(x))
 
     def experts(self, x) -> int:
         return self.route.__self__.weight.shape[0]
