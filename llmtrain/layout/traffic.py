@@ -128,7 +128,7 @@ class _Step:
         if self.model.ffn.kind != "moe":
             return
         tokens, k, etp, ep = self.batch * self.local, self.model.ffn.top_k, self.shape.etp, self.shape.ep
-        hidden, forwards = tokens * self.model.hidden * self.e, times * self.forwards
+        hidden, forwards = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.forwards
         # The width of experts is split: tokens, probabilities and numbers of experts are gathered, results scattered.
         self._add("tp", "all_gather", forwards + times, hidden, etp)
         self._add("tp", "all_gather", forwards, tokens * k * self.high, etp)
@@ -197,8 +197,13 @@ class _Step:
         """Targets, over ranks that read different samples; loss and gradient norm in one; whether a rank was asked to stop."""
         for axis in ("dp_replicate", "dp_shard"):
             self._add(axis, "all_reduce", 1, self.scalar, getattr(self.shape, axis))
-        for numbers in (2, 1):
+        ffn, layers = self.model.ffn, self.model.expert_layers + self.model.mtp.heads
+        moe = ffn.kind == "moe"
+        experts = moe + layers * (moe and ffn.router.bias_rate is not None)  # the loss that balances, norms of the routers' biases
+        for numbers in (2 + experts, 1):
             self._add("world", "all_reduce", 1, numbers * self.scalar, self.shape.world)
+        if moe:
+            self._add("world", "all_reduce", 1, layers * (ffn.experts + 1) * 8, self.shape.world)
 
     def _gradient_sum(self) -> None:
         partial = sum(held.elements for held in self.shards.held() if held.partial)

@@ -169,7 +169,7 @@ def test_another_kind_starts_afresh_over_a_preset_without_one():
         ({"kind": "moe", "router": {"groups": 3}}, r"model\.ffn\.router\.groups 3 must divide model\.ffn\.experts 8"),
         (
             {"kind": "moe", "top_k": 5, "router": {"groups": 4, "top_groups": 2}},
-            r"top_k 5 is more than the 4 experts of router\.top_groups",
+            r"top_k 5 is more than the 4 experts",
         ),
         ({"kind": "mo"}, r"model\.ffn\.kind: 'mo' is not allowed.*one of dense, moe"),
         ({"experts": 4}, r"model\.ffn\.experts: no such option"),
