@@ -142,9 +142,10 @@ class ExpertUsage:
         rate = self.ffn.router.bias_rate
         if not rate or self.totals is None:
             return
-        counts = self.totals[:, :-1].to(torch.float32)
+        counts = self.totals[:, :-1]
+        missing = counts.sum(1, keepdim=True) - self.ffn.experts * counts  # whole numbers, so that no rank rounds another way
         for number, router in self.routers.items():
-            router.bias.add_((counts[number].mean() - counts[number]).sign(), alpha=rate)
+            router.bias.add_(missing[number].sign(), alpha=rate)
 
     def biases(self) -> dict[int, float]:
         """Norm of the bias of this rank's layers, by number; {} without biases."""

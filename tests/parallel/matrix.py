@@ -54,6 +54,10 @@ hold 2 rows unless it says otherwise: a pipeline without data parallelism sees 4
 | tied | head and token embedding are one parameter |
 | MTP | heads of multi-token prediction, 1 or 2 |
 | MoE | 4 experts in each layer, each token goes to 2 |
+| balanced MoE | the same with a loss against unequal use of experts over all 8 rows of a step |
+| DeepSeek | latent attention; a dense layer, then 8 experts in 4 groups, 2 of a token and a shared one; sigmoid scores with a bias that moves |
+| | every step; losses against unequal use over each row and against large logits; a head of multi-token prediction |
+| BigMac | 4 experts with biases between two projections that they share: rows of width 8 travel |
 | GPT | learned positions, LayerNorm before each branch, GELU, biases |
 
 {table}

@@ -16,6 +16,23 @@ MODELS = {
     "MTP 2, tied": {"mtp": {"heads": 2}, "tie_embeddings": True},
     "MoE": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}},
     "MoE, 4 layers": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}} | LAYERS_4,
+    "balanced MoE": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16, "balance": {"weight": 0.1, "sequences": "step"}}},
+    "DeepSeek": {
+        "attention": {"kind": "mla", "heads": 4, "query_rank": 12, "kv_rank": 10, "nope_dim": 8, "rope_dim": 4, "value_dim": 6},
+        "ffn": {
+            "kind": "moe",
+            "experts": 8,
+            "top_k": 2,
+            "hidden": 16,
+            "shared_experts": 1,
+            "dense_layers": 1,
+            "dense_hidden": 48,
+            "router": {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 2.5, "bias_rate": 0.01, "z_loss": 0.001},
+            "balance": {"weight": 0.05, "sequences": 1},
+        },
+        "mtp": {"heads": 1},
+    },
+    "BigMac": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 32, "descend": 8, "activation": "gelu", "bias": True}},
     "GPT": {
         "position": {"kind": "learned"},
         "max_seq_len": 32,
@@ -200,13 +217,34 @@ EXPERT = [
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE),
     Row({"pp": 2, "tp": 2, "ep": 2}, "MoE", schedule("1f1b"), quick="short"),
 ]
+MIXTURES = [
+    Row({}, "balanced MoE", {"train.micro_batch": 8}, quick="fp64"),
+    Row({}, "balanced MoE", FULL, quick="short"),
+    Row({"dp_shard": 2, "ep": 2}, "balanced MoE", quick="short"),
+    Row({"dp_shard": 4, "ep": 4}, "balanced MoE"),
+    Row({"dp_replicate": 2, "dp_shard": 2, "ep": 2}, "balanced MoE", ACCUMULATE),
+    Row({"tp": 2, "ep": 2}, "balanced MoE", quick="short"),
+    Row({"cp": 2, "ep": 2}, "balanced MoE", RING),
+    Row({"pp": 2}, "DeepSeek"),
+    Row({"dp_shard": 2, "ep": 2}, "DeepSeek", quick="short"),
+    Row({"tp": 2}, "DeepSeek", quick="short"),
+    Row({"cp": 2}, "DeepSeek", RING, quick="short"),
+    Row({"cp": 2, "ep": 2}, "DeepSeek"),
+    Row({"cp": 2}, "DeepSeek", ULYSSES),
+    Row({"dp_shard": 2, "tp": 2, "ep": 4}, "DeepSeek", FULL),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "DeepSeek", schedule("1f1b"), quick="short"),
+    Row({"pp": 2, "tp": 2, "ep": 2}, "DeepSeek", schedule("zbv", 2, [1, 1, 1, 0])),
+    Row({"dp_shard": 2, "ep": 2}, "BigMac", quick="short"),
+    Row({"tp": 2, "ep": 2}, "BigMac"),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "BigMac"),
+]
 EIGHT = [
     Row({"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2}, "MoE"),
     Row({"pp": 2, "dp_shard": 2, "tp": 2, "ep": 4}, "MoE", schedule("zbv", 2, [1, 1, 1, 0]) | ACCUMULATE),
     Row({"pp": 2, "dp_shard": 2, "tp": 2}, "4 layers, tied", schedule("interleaved", 2) | ACCUMULATE),
     Row({"dp_shard": 2, "cp": 2, "tp": 2}, "MTP", RING),
 ]
-ROWS = [*ONE, *DATA, *TENSOR, *PIPELINE, *CONTEXT, *EXPERT, *EIGHT]
+ROWS = [*ONE, *DATA, *TENSOR, *PIPELINE, *CONTEXT, *EXPERT, *MIXTURES, *EIGHT]
 
 FAULTS = {
     "count": Row({"dp_shard": 2}),
