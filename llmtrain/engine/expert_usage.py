@@ -91,9 +91,9 @@ class ExpertUsage:
         found: list[Tensor | None] = [None] * len(seen)
         if balance is not None:
             weight = balance.weight * self._factor
-            for at, (one, share) in enumerate(zip(seen, self._shares(counts))):
+            for at, (one, share) in enumerate(zip(seen, self._shares(counts, seen[0][0].scores.dtype))):
                 scores = torch.stack([usage.scores for usage in one])  # [l,B,E]
-                found[at] = (share.to(scores.dtype) * scores).sum() * (weight / self.groups.count / self.groups.tokens)
+                found[at] = (share * scores).sum() * (weight / self.groups.count / self.groups.tokens)
         if z_loss:
             for at, one in enumerate(seen):
                 squares = torch.stack([usage.squares for usage in one]).sum() * (z_loss * self._factor / self.groups.all_tokens)
@@ -101,7 +101,7 @@ class ExpertUsage:
         self._balance_sum += sum(loss.detach() for loss in found if loss is not None)
         return found
 
-    def _shares(self, counts: Sequence[Tensor]) -> list[Tensor]:
+    def _shares(self, counts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """f of every row, [l,B,E] for each micro-batch: its group's choices of each expert over the even share."""
         groups, device = self.groups, counts[0].device
         numbers, number = groups.numbered(len(counts), self.mesh.data_rank)
@@ -116,7 +116,7 @@ class ExpertUsage:
             with recorded("all_reduce", self.mesh.group(axis)):
                 dist.all_reduce(sums, group=self.mesh.group(axis))
         even = self.ffn.top_k * groups.tokens / self.ffn.experts
-        return [(sums[inside] / even).transpose(0, 1) for inside in rows_in]
+        return [(sums[inside].to(dtype) / even).transpose(0, 1) for inside in rows_in]
 
     # --- the step as a whole ------------------------------------------------------------------------------------------------------
 
