@@ -1,4 +1,4 @@
-"""`llmtrain doctor --device npu` over the stand-in: its collective test starts two ranks of `hccl`. Lines on CANN and the driver are WRONG here."""
+"""`llmtrain doctor --device npu` over the stand-in: two ranks of `hccl` meet. Its lines on CANN may be WRONG here."""
 
 import json
 import subprocess
