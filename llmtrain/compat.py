@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from torch import nn
@@ -66,9 +67,23 @@ def hccl_name(group: Any) -> str:
     return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())  # the rank in the world, not in the group
 
 
-def flatten_mesh(mesh: Any, name: str) -> Any:
-    """The DeviceMesh `mesh` as one axis of that name, with its groups made now."""
-    return mesh._flatten(name)
+def hccl_options(timeout: timedelta, *, buffer_mb: int | None) -> Any:
+    """torch_npu's options of one HCCL group, for that group alone: the back end keeps and changes the object.
+
+    `timeout` is torch's for its collectives; buffer_mb: HCCL_BUFFSIZE of its communicator, None leaves the environment's.
+    """
+    import torch_npu
+
+    options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
+    options._timeout = timeout
+    if buffer_mb is not None:
+        options.hccl_config = {"hccl_buffer_size": buffer_mb}
+    return options
+
+
+def flatten_mesh(mesh: Any, name: str, options: Any = None) -> Any:
+    """The DeviceMesh `mesh` as one axis of that name, with its groups made now, of `options` if given."""
+    return mesh._flatten(name, backend_override=options)
 
 
 def concatenate_meshes(*meshes: Any) -> Any:
@@ -134,10 +149,8 @@ def split_backward() -> tuple[Any, Any] | None:
 def limit_collectives(seconds: float) -> None:
     """Let every process group made so far fail a collective after `seconds`. torch gives groups other than the first limits of their own.
 
-    Back ends that cannot be told (hccl) keep what they have.
+    Back ends that cannot be told (hccl) keep what their options said (`hccl_options`).
     """
-    from datetime import timedelta
-
     import torch
     from torch.distributed.distributed_c10d import _world
 
@@ -181,8 +194,6 @@ def own_store(timeout: float) -> Any:
 
     None where this torch cannot make one.
     """
-    from datetime import timedelta
-
     from torch.distributed.distributed_c10d import _get_default_store
 
     store = _get_default_store()

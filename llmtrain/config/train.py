@@ -161,7 +161,7 @@ class ParallelConfig(Section):
     timeout: PositiveFloat = 600.0
     """Seconds a collective may take before the run is stopped."""
     hccl_buffer_mb: PositiveInt | None = None
-    """MiB that HCCL keeps per group for sending, and as many again for receiving (HCCL_BUFFSIZE); 200 if not given. For NPUs alone."""
+    """MiB that HCCL keeps per group for sending, and as many again for receiving; HCCL_BUFFSIZE, or 200, if not given. For NPUs alone."""
     affinity: Literal["auto", "off"] = "auto"
     """`auto` binds each rank of a machine to processor cores of its own, near its accelerator; `off` leaves that to the launcher."""
     threads: PositiveInt | None = None

@@ -3,9 +3,10 @@
 import atexit
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,20 +22,33 @@ MARGIN = 30.0  # seconds after parallel.timeout at which the back end itself giv
 
 
 class Mesh:
-    """The ranks of a run along their axes, and the few collectives that the loop itself needs."""
+    """The ranks of a run along their axes, and the few collectives that the loop itself needs.
 
-    def __init__(self, shape: MeshShape, *, device: Device):
+    `options()` gives those of one group, or None for the back end's own. The world, which also serves an axis of all ranks, has its own.
+    """
+
+    def __init__(self, shape: MeshShape, *, device: Device, options: Callable[[], Any | None] = lambda: None):
         self.shape = shape
         self.device = device
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
+        self._options = options
         # The order of these calls is that of MeshShape.all_groups.
-        self.device_mesh: DeviceMesh = init_device_mesh(device.kind, shape.sizes(AXES), mesh_dim_names=AXES)
-        self.fsdp: DeviceMesh = flatten_mesh(self.device_mesh[FLAT["fsdp"]], "fsdp")
+        self.device_mesh: DeviceMesh = self._make(AXES)
+        self.fsdp: DeviceMesh = flatten_mesh(self.device_mesh[FLAT["fsdp"]], "fsdp", self._options_of("fsdp"))
         self.experts: DeviceMesh | None = None
         """The axes of EXPERT_AXES; None where experts are shared as all other parameters are."""
         if shape.ep > 1 or shape.etp > 1:
-            self.experts = init_device_mesh(device.kind, shape.sizes(EXPERT_AXES), mesh_dim_names=EXPERT_AXES)
+            self.experts = self._make(EXPERT_AXES)
+
+    def _make(self, axes: Sequence[str]) -> DeviceMesh:
+        options = {axis: self._options_of(axis) for axis in axes}
+        given = {axis: option for axis, option in options.items() if option is not None}
+        return init_device_mesh(self.device.kind, self.shape.sizes(axes), mesh_dim_names=axes, backend_override=given or None)
+
+    def _options_of(self, axis: str) -> Any | None:
+        """For the groups of `axis`, of which each rank is in one. Alone a rank sends nothing; for all ranks there is the world."""
+        return self._options() if 1 < getattr(self.shape, axis) < self.world else None
 
     def place(self, axis: str) -> int:
         """Where this rank stands along `axis`."""
@@ -111,8 +125,8 @@ class Mesh:
 
 def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
     """Join the world that the launcher described (RANK, WORLD_SIZE, ...; alone without them) and build the mesh."""
+    timeout = timedelta(seconds=cfg.timeout + MARGIN)
     if not dist.is_initialized():
-        timeout = timedelta(seconds=cfg.timeout + MARGIN)
         named = device.process_group_options(timeout, buffer_mb=cfg.hccl_buffer_mb)
         options = dict(backend=device.collective_backend, timeout=timeout, **named)
         if "RANK" in os.environ:
@@ -120,7 +134,8 @@ def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
         else:
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(gc.collect)  # of the groups: a thread of gloo that lets go of its last tensor while Python ends kills the process
-    return Mesh(MeshShape.from_config(cfg, world=dist.get_world_size()), device=device)
+    options = partial(device.group_options, timeout, buffer_mb=cfg.hccl_buffer_mb)
+    return Mesh(MeshShape.from_config(cfg, world=dist.get_world_size()), device=device, options=options)
 
 
 def stop(mesh: Mesh) -> None:

@@ -24,10 +24,15 @@ LAST_EVENTS = 15
 
 def main(argv: list[str]) -> int:
     """`llmtrain report RUN`: write the report of a run folder again."""
-    parser = argparse.ArgumentParser(prog="llmtrain report", description="Write RUN/report.md and its plot from RUN/metrics.jsonl.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder, such as runs/quickstart")
-    print(write_report(parser.parse_args(argv).run, {}))
+    print(write_report(parser().parse_args(argv).run, {}))
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The words of `llmtrain report`."""
+    p = argparse.ArgumentParser(prog="llmtrain report", description="Write RUN/report.md and its plot from RUN/metrics.jsonl.")
+    p.add_argument("run", type=Path, metavar="RUN", help="the run folder, such as runs/quickstart")
+    return p
 
 
 def write_report(run_folder: Path, extra: dict[str, Any]) -> Path:

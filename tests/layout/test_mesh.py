@@ -1,5 +1,7 @@
 """Groups of the mesh by arithmetic, and as torch makes them."""
 
+from datetime import timedelta
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,3 +109,34 @@ def test_torch_makes_the_same_groups_in_the_same_order(monkeypatch):
         assert axes == [a for a in dict.fromkeys(g.axis for g in shape.all_groups(experts=True)) if a in axes]
     finally:
         dist.destroy_process_group()
+
+
+def test_every_group_gets_options_of_its_own(monkeypatch):
+    """As HCCL's groups do: the back end keeps the object. An axis of all ranks, or of one, makes no group to send over."""
+    import torch.distributed as dist
+    import torch.distributed.device_mesh as device_mesh
+    from torch._C._distributed_c10d import Backend
+
+    from llmtrain.compat import fake_world
+    from llmtrain.device import select
+    from llmtrain.parallel.mesh import Mesh
+
+    shape, made, passed = MeshShape(pp=2, dp_replicate=1, dp_shard=2, cp=2, tp=2, ep=4), [], {}
+    original = dist.new_group
+
+    def options():
+        made.append(Backend.Options("fake", timedelta(seconds=60 + len(made))))
+        return made[-1]
+
+    def recording(ranks=None, *, timeout=None, pg_options=None, group_desc=None, **kwargs):
+        if pg_options is not None and 5 in ranks:
+            passed.setdefault(group_desc, []).append((pg_options, timeout))
+        return original(ranks, timeout=timeout, group_desc=group_desc, **kwargs)
+
+    monkeypatch.setattr(device_mesh, "new_group", recording)
+    with fake_world(5, shape.world):
+        Mesh(shape, device=select("cpu"), options=options)
+    assert sorted(passed) == [f"mesh_{axis}" for axis in ("cp", "dp_shard", "efsdp", "ep", "fsdp", "pp", "tp")]
+    taken = [entry for entries in passed.values() for entry in entries]
+    assert len({id(option) for option, _ in taken}) == len(taken) == len(made)
+    assert all(timeout == option._timeout for option, timeout in taken)
