@@ -1,6 +1,6 @@
 """The one place for names of torch that are private or not in every supported version."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,30 @@ def fsdp_sum_gradients(module: nn.Module) -> None:
         if isinstance(part, FSDPModule):
             _call(part, ("set_gradient_divide_factor", "set_reduce_scatter_divide_factor"), 1.0)
             _call(part, ("set_force_sum_reduction_for_comms",), True, required=False)
+
+
+def watch_fsdp_collectives(module: nn.Module, around: Callable[[str, Any], Any], summed: Callable[[], None] | None = None) -> None:
+    """Have the FSDP2 module `module` gather and scatter inside the context `around(op, group)`, and call `summed` behind each of its
+    all-reduces (of replicas). Nothing where this torch has no such pieces."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+    except ImportError:
+        return
+
+    class Gather(DefaultAllGather):
+        def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, *args: Any, **options: Any) -> Any:
+            with around("all_gather", group):
+                return super().__call__(output_tensor, input_tensor, group, *args, **options)
+
+    class Scatter(DefaultReduceScatter):
+        def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, *args: Any, **options: Any) -> Any:
+            with around("reduce_scatter", group):
+                return super().__call__(output_tensor, input_tensor, group, *args, **options)
+
+    module.set_custom_all_gather(Gather())
+    module.set_custom_reduce_scatter(Scatter())
+    if summed is not None:
+        module.set_all_reduce_hook(lambda _: summed())
 
 
 def record_memory_history(module: Any, *, entries: int | None) -> None:

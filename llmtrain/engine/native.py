@@ -23,6 +23,7 @@ from llmtrain.ops import Ops
 from llmtrain.parallel.compile import eager
 from llmtrain.parallel.fsdp import local_tensor, release_gathered
 from llmtrain.parallel.gradients import holders, square_sum, sum_gradients
+from llmtrain.parallel.hang.where import device_wait, recorded
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.placement import canonical
 
@@ -121,7 +122,8 @@ class NativeEngine:
             self.stages.embedding_copy.sum_gradients(local_tensor)
 
     def _values(self, losses: Sequence[torch.Tensor]) -> list[float]:
-        return torch.stack(list(losses)).double().tolist() if losses and self.device.kind == "cpu" else [loss.item() for loss in losses]
+        with device_wait():
+            return torch.stack(list(losses)).double().tolist() if losses and self.device.kind == "cpu" else [loss.item() for loss in losses]
 
     def _share(self, values: Sequence[float]) -> float:
         """What this rank brings to the sum of losses: ranks of tp all have the same."""
@@ -223,8 +225,10 @@ class NativeEngine:
             )
         for axis in ("tp", "cp", "pp"):
             if getattr(self.mesh.shape, axis) > 1:
-                dist.all_reduce(moments, group=self.mesh.group(axis))
-        attention, ffn = branch_std(moments)
+                with recorded("all_reduce", self.mesh.group(axis)):
+                    dist.all_reduce(moments, group=self.mesh.group(axis))
+        with device_wait():
+            attention, ffn = branch_std(moments)
         c_attention = attention if norm.c_attention == "auto" else norm.c_attention
         c_ffn = ffn if norm.c_ffn == "auto" else norm.c_ffn
         for part in self.stages.parts.values():

@@ -122,8 +122,11 @@ class MeshShape:
         return Group(axis, tuple(self.rank(member, axes) for member in members))
 
     def all_groups(self, *, experts: bool) -> list[Group]:
-        """Every group in the order in which all ranks make them: axis by axis, those of the experts last and only if there are any."""
-        order = [*AXES, *FLAT, *((a for a in EXPERT_AXES if a not in AXES) if experts else ())]
+        """Every group in the order in which all ranks make them: axis by axis, those of the experts last and only if there are any.
+
+        The experts' mesh has groups of pp and dp_replicate of its own. A group of all ranks is the world's, which is there already.
+        """
+        order = [*AXES, *FLAT, *(EXPERT_AXES if experts else ())]
         return [group for axis in order for group in self.groups(axis)]
 
 

@@ -21,6 +21,7 @@ from llmtrain.model.moe import MoE
 from llmtrain.ops.experts import inverse
 from llmtrain.parallel.ep_fused import FusedExperts
 from llmtrain.parallel.fsdp import local_tensor
+from llmtrain.parallel.hang.where import Begun, device_wait, recorded
 from llmtrain.parallel.ops.pending import start_gather
 from llmtrain.parallel.ops.sequence import gathered_rows, summed_rows
 
@@ -68,9 +69,11 @@ class AllToAllDispatcher:
         # At most [N k,W], sorted by expert and so by rank.
         rows, order, counts = sort_rows(self.ops, x, ids, self.experts, drops=self.drops)
         received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self.group)
+        with recorded("all_to_all", self.group):
+            dist.all_to_all_single(received, counts, group=self.group)
         by_rank = torch.stack((received, counts)).view(2, self.group.size(), -1)
-        arriving, sent = by_rank.sum(2).tolist()
+        with device_wait():
+            arriving, sent = by_rank.sum(2).tolist()
         transfer = Transfer(self.group, sent, arriving)
         return Arriving(transfer, transfer.start(rows), by_rank[0], order, probs)
 
@@ -99,7 +102,7 @@ class Transfer:
     group: dist.ProcessGroup
     sent: list[int]
     arriving: list[int]
-    _pending: tuple[dist.Work, Tensor, Tensor] | None = field(default=None, init=False)
+    _pending: tuple[Begun, Tensor, Tensor] | None = field(default=None, init=False)
 
     def start(self, rows: Tensor) -> Tensor:
         """Send rows [sum of sent, W]; returns the buffer [sum of arriving, W] that fills until `wait`."""
@@ -114,16 +117,17 @@ class Transfer:
         to, of = (self.sent, self.arriving) if backward else (self.arriving, self.sent)
         rows = rows.contiguous()
         buffer = rows.new_empty(sum(to), *rows.shape[1:])
+        begun = Begun("all_to_all", self.group)
         work = dist.all_to_all_single(buffer, rows, output_split_sizes=to, input_split_sizes=of, group=self.group, async_op=True)
-        self._pending = work, rows, buffer
+        self._pending = begun.by(work), rows, buffer
         return buffer
 
     def finish(self) -> Tensor:
         """Wait for the direction that was begun, and return its buffer."""
         if self._pending is None:
             raise RuntimeError("a dispatch handle was waited for twice, or never started")
-        work, _, buffer = self._pending
-        work.wait()
+        begun, _, buffer = self._pending
+        begun.wait()
         self._pending = None
         return buffer
 

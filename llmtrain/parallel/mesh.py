@@ -16,7 +16,7 @@ from llmtrain.compat import clear_dtensor_caches, concatenate_meshes, flatten_me
 from llmtrain.config.train import ParallelConfig
 from llmtrain.device.base import Device
 from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
-from llmtrain.parallel.hang.where import recorded
+from llmtrain.parallel.hang.where import device_wait, recorded
 
 MARGIN = 30.0  # seconds after parallel.timeout at which the back end itself gives up, should the watcher (`parallel/hang/watch.py`) fail
 
@@ -89,8 +89,8 @@ class Mesh:
             if group.size() > 1:
                 with recorded("all_reduce", "world" if axes is None else group):
                     dist.all_reduce(tensor, group=group)
-                    tensor.tolist()  # a device waits here
-        return tensor.tolist()
+        with device_wait():
+            return tensor.tolist()
 
     def gather(self, value: object) -> list:
         """`value` of every rank, in rank order; for rare events."""

@@ -114,7 +114,8 @@ def session(cfg: RunConfig) -> Iterator[Session]:
         raise UserError(f"precision.compute {cfg.precision.compute}: {reason}")
     mesh = world.start(cfg.parallel, device=device)
     try:
-        watched = watching(cfg, mesh=mesh, folder=Path(cfg.output) / cfg.name)
+        path = Path(cfg.output) / cfg.name / "log" / "hang.txt"
+        watched = watching(mesh, timeout=cfg.parallel.timeout, path=path, report=cfg.guards.hang_report)
         with watched, settled(cfg.parallel, mesh=mesh) as cores, RunFolder.create(cfg) as folder:
             setup_logging(folder.path, mesh.rank)
             ops = resolve(cfg.kernels, op_call(cfg, device))

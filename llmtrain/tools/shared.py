@@ -10,15 +10,18 @@ from llmtrain.tools.launch import is_launched, run_local
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --tp and --pp."""
+    """Add --tp, --pp and --timeout."""
     parser.add_argument("--tp", type=int, default=1, help="ranks that share every layer of the model (1)")
     parser.add_argument("--pp", type=int, default=1, help="stages of consecutive layers, a rank or --tp ranks each (1)")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a rank waits for another before the run ends (600)")
 
 
 def start_ranks(verb: str, argv: list[str], options: argparse.Namespace) -> int | None:
     """Start the local ranks that the options ask for and see them through: the exit code. None if this process does the work itself."""
     if min(options.tp, options.pp) < 1:
         raise UserError(f"--tp {options.tp} --pp {options.pp}: both must be at least 1")
+    if options.timeout <= 0:
+        raise UserError(f"--timeout {options.timeout:g}: must be above 0")
     ranks = options.tp * options.pp
     if ranks == 1 or is_launched():
         return None
@@ -41,24 +44,36 @@ def _check(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def shared_mesh(options: argparse.Namespace) -> Iterator:
-    """The mesh of the ranks that share the model, for `open_model`; None on one. Only the first rank writes to stdout and stderr."""
+    """The mesh of the ranks that share the model, for `open_model`; None on one. Only the first rank writes to stdout and stderr.
+
+    A rank that others wait for longer than --timeout ends the run with a report on stderr (docs/hangs.md) and exit code 3.
+    """
     if options.tp * options.pp == 1:
         yield None
         return
     from llmtrain.config.train import ParallelConfig
     from llmtrain.device import select
     from llmtrain.parallel import mesh as world
+    from llmtrain.parallel.hang.watch import watching
+    from llmtrain.parallel.hang.where import at
 
     device = select(options.device, int(os.environ.get("LOCAL_RANK", 0)))
     device.set_current()
-    mesh = world.start(ParallelConfig(tp=options.tp, pp=options.pp), device=device)
+    mesh = world.start(ParallelConfig(tp=options.tp, pp=options.pp, timeout=options.timeout), device=device)
     try:
-        with contextlib.ExitStack() as quiet:
-            if mesh.rank:
-                nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                quiet.enter_context(contextlib.redirect_stdout(nowhere))
-                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        with watching(mesh, timeout=options.timeout, path=None), _quiet(mesh.rank > 0):
+            at(phase="inference")
             yield mesh
             mesh.meet()
     finally:
         world.stop(mesh)
+
+
+@contextlib.contextmanager
+def _quiet(on: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as streams:
+        if on:
+            nowhere = streams.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            streams.enter_context(contextlib.redirect_stdout(nowhere))
+            streams.enter_context(contextlib.redirect_stderr(nowhere))
+        yield

@@ -3,6 +3,8 @@
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
+from groups_made import expected, groups_made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,46 +80,36 @@ def test_impossible_products_are_refused_with_the_arithmetic(options, message):
         MeshShape.from_config(ParallelConfig(**options), world=6 if options.get("dp_shard") == -1 or "pp" in options else None)
 
 
-def test_torch_makes_the_same_groups_in_the_same_order(monkeypatch):
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+SHAPES = {
+    "experts": MeshShape(pp=2, dp_shard=2, cp=2, tp=2, ep=4),
+    "experts split": MeshShape(dp_replicate=2, dp_shard=2, tp=2, ep=2, etp=2),
+    "no experts": MeshShape(pp=2, dp_shard=3, tp=2),
+    "one axis": MeshShape(dp_shard=4),
+}
 
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_torch_makes_the_same_groups_in_the_same_order_on_every_rank(name):
+    from llmtrain.compat import fake_world
     from llmtrain.device import select
     from llmtrain.parallel.mesh import Mesh
 
-    shape = MeshShape(pp=2, dp_replicate=1, dp_shard=2, cp=2, tp=2, ep=4)
-    made = []
-    original = dist.new_group
-    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=shape.world)
-    try:
-        import torch.distributed.device_mesh as device_mesh
-
-        def recording(ranks=None, *args, group_desc=None, **kwargs):
-            made.append((group_desc, tuple(ranks)))
-            return original(ranks, *args, group_desc=group_desc, **kwargs)
-
-        monkeypatch.setattr(device_mesh, "new_group", recording, raising=False)
-        monkeypatch.setattr(dist, "new_group", recording)
-        mesh = Mesh(shape, device=select("cpu"))
-        mine = {axis: tuple(dist.get_process_group_ranks(mesh.group(axis))) for axis in AXES}
-        mine["fsdp"] = tuple(dist.get_process_group_ranks(mesh.fsdp.get_group()))
-        mine |= {axis: tuple(dist.get_process_group_ranks(mesh.experts.get_group(axis))) for axis in ("efsdp", "ep", "etp")}
-        assert mine == {axis: next(g.ranks for g in shape.groups(axis) if 5 in g.ranks) for axis in mine}
-        assert mesh.group("tp").group_desc == "mesh_tp"
-        assert made
-        axes = list(dict.fromkeys(name.removeprefix("mesh_") for name, _ in made))
-        assert axes == [a for a in dict.fromkeys(g.axis for g in shape.all_groups(experts=True)) if a in axes]
-    finally:
-        dist.destroy_process_group()
+    shape = SHAPES[name]
+    for rank in range(shape.world):
+        with fake_world(rank, shape.world), groups_made() as made:
+            mesh = Mesh(shape, device=select("cpu"))
+            mine = {axis: mesh.group(axis) for axis in AXES} | {"fsdp": mesh.fsdp.get_group()}
+            mine |= {axis: mesh.experts.get_group(axis) for axis in EXPERT_AXES if mesh.experts is not None and axis not in AXES}
+            found = {axis: tuple(dist.get_process_group_ranks(group)) for axis, group in mine.items()}
+        assert made == expected(shape)
+        assert found == {axis: shape.group(axis, rank).ranks for axis in mine}
 
 
 def test_every_group_gets_options_of_its_own(monkeypatch):
     """As HCCL's groups do: the back end keeps the object. An axis of all ranks, or of one, makes no group to send over."""
-    import torch.distributed as dist
     import torch.distributed.device_mesh as device_mesh
     from torch._C._distributed_c10d import Backend
 
-    from llmtrain.compat import fake_world
     from llmtrain.device import select
     from llmtrain.parallel.mesh import Mesh
 

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from groups_made import expected, groups_made
 from sameness import BASE, merge
 
 from llmtrain.config.load import load
@@ -76,6 +77,15 @@ def test_the_group_of_a_rank_is_the_one_of_all_groups_that_it_is_in(name):
     for axis, groups in axes.items():
         for group in groups:
             assert all(shape.group(axis, rank) == group for rank in group.ranks)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_building_a_role_makes_all_groups_in_their_order_and_no_others(name):
+    cfg, shape = resolved(name)
+    for rank in role_ranks(shape):
+        with groups_made() as made:
+            build_role(cfg, shape, rank)
+        assert made == expected(shape)
 
 
 class Lossy(MeshShape):
@@ -174,7 +184,7 @@ def test_impossible_meshes_are_refused(dry, words, message):
         dry(*words)
 
 
-# --- Pangu Ultra 135B on 8,192 devices: test_verbs_of_a_run.py runs all of it ------------------------------------------------------
+# --- Pangu Ultra 135B on 8,192 devices: test_verbs_of_a_run.py builds every seventh role, docs/dry-mesh.md says how long all take --------
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +208,10 @@ def test_8192_ranks_hold_the_model_once(pangu):
 
 def test_roles_of_8192_ranks(pangu):
     cfg, shape = pangu
-    first, middle, last = (build_role(cfg, shape, rank) for rank in (0, 3 * 1024 + 77, 8191))
+    with groups_made() as made:
+        first = build_role(cfg, shape, 0)
+    assert made == expected(shape) and len(made) == 2 * 8192 + 2 * 1024 + 2 * 64
+    middle, last = (build_role(cfg, shape, rank) for rank in (3 * 1024 + 77, 8191))
     assert [sum(blocks for _, blocks in role.stages) for role in (first, middle, last)] == [12, 12, 10]
     assert [stage for stage, _ in last.stages] == [7, 15, 23, 31, 39, 47] and last.ends == ("final_norm", "head")
     block = 130_111_942_656 // 94 // 8  # a tp rank's part of one, norms aside

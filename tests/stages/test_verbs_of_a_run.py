@@ -55,6 +55,29 @@ def test_generate(lab, run):
     assert texts[0][1] != texts[1][1]
 
 
+def test_generate_on_two_ranks_is_that_of_one(lab, run):
+    words = ("generate", "runs/verbs", "-p", "KING", "-p", "The ", "--max-new", "12", "--temperature", "0", "--dtype", "fp64", "--out")
+    alone, shared = lab.command(*words, "one.jsonl"), lab.command(*words, "two.jsonl", "--tp", "2")
+    assert (alone[0], shared[0]) == (0, 0), alone[2] + shared[2]
+    assert alone[1] == shared[1] and alone[1].startswith("KING")
+    one, two = ((lab.folder / name).read_text() for name in ("one.jsonl", "two.jsonl"))
+    assert one == two and len(one.splitlines()) == 2
+    assert re.fullmatch(r"\d+ tokens in .*\n", shared[2])
+
+
+def test_perplexity_on_two_ranks_is_that_of_one(lab, run):
+    words = ("eval", "runs/verbs", "perplexity", "plays-validation", "--context", "64", "--tokens", "500", "--dtype", "fp64", "--out")
+    alone, shared = lab.command(*words, "one.json"), lab.command(*words, "two.json", "--pp", "2")
+    assert (alone[0], shared[0]) == (0, 0), alone[2] + shared[2]
+    assert alone[1] == shared[1] and "plays-validation" in alone[1]
+    one, two = (json.loads((lab.folder / name).read_text()) for name in ("one.json", "two.json"))
+    texts = [found["results"].pop("texts") for found in (one, two)]
+    assert one == two
+    for mine, theirs in zip(*texts, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(theirs[key] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value) for key, value in mine.items())
+
+
 def test_generate_from_a_folder_that_is_no_run(lab):
     code, out, err = lab.command("generate", "data-of-mine", "-p", "x")
     assert (code, out, err) == (

@@ -138,7 +138,7 @@ DATA = [
     Row({"dp_replicate": 2, "dp_shard": 2}, "tied", ACCUMULATE | FULL, quick="fp64"),
 ]
 TENSOR = [
-    Row({"tp": 2}, quick="short"),
+    Row({"tp": 2}, quick="both"),
     Row({"tp": 2}, options=CHUNKS),
     Row({"tp": 2}, options=FULL),
     Row({"tp": 2}, options=SELECTIVE | CHUNKS),
@@ -155,7 +155,7 @@ TENSOR = [
     Row({"tp": 2, "dp_replicate": 2}, "tied"),
 ]
 PIPELINE = [
-    Row({"pp": 2}, options=schedule("1f1b"), quick="short"),
+    Row({"pp": 2}, options=schedule("1f1b"), quick="both"),
     Row({"pp": 2}, options=schedule("gpipe")),
     Row({"pp": 2}, "4 layers", schedule("interleaved", 2), quick="short"),
     Row({"pp": 2}, options=schedule("zero_bubble"), quick="short"),
@@ -182,7 +182,7 @@ PIPELINE = [
     Row({"pp": 2, "cp": 2}, "MTP 2, tied", schedule("zbv", 2, [1, 1, 1, 0])),
 ]
 CONTEXT = [
-    Row({"cp": 2}, quick="short"),
+    Row({"cp": 2}, quick="both"),
     Row({"cp": 2}, options=RING, quick="short"),
     Row({"cp": 2}, options=ULYSSES, quick="short"),
     *(Row({"cp": 2}, options=kind, whole=True) for kind in ({}, RING, ULYSSES)),
@@ -204,7 +204,7 @@ EXPERT = [
     Row({"dp_shard": 2, "ep": 2}, "MoE", ACCUMULATE | FULL),
     Row({"cp": 2, "ep": 2}, "MoE"),
     Row({"tp": 2, "ep": 2}, "MoE"),
-    Row({"tp": 2, "etp": 2}, "MoE"),
+    Row({"tp": 2, "etp": 2}, "MoE", quick="short"),
     Row({"tp": 4, "ep": 2}, "MoE", quick="short"),  # the only ranks that share parameters are those of the same experts
     Row({"dp_shard": 4, "ep": 2}, "MoE"),
     Row({"dp_shard": 4, "ep": 4}, "MoE"),
@@ -253,5 +253,6 @@ FAULTS = {
     "cp merge": Row({"cp": 2}, options=RING, whole=True),
     "embedding copy": Row({"pp": 2}, "tied"),
     "expert order": Row({"dp_shard": 2, "ep": 2}, "MoE"),
+    "holders": Row({"tp": 2, "etp": 2}, "MoE"),
 }
 """Faults of `sameness.FAULTS`, and the row that each must spoil."""
