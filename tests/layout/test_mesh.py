@@ -110,6 +110,7 @@ def test_every_group_gets_options_of_its_own(monkeypatch):
     import torch.distributed.device_mesh as device_mesh
     from torch._C._distributed_c10d import Backend
 
+    from llmtrain.compat import fake_world
     from llmtrain.device import select
     from llmtrain.parallel.mesh import Mesh
 
