@@ -148,7 +148,7 @@ def _documents(
 ) -> tuple[Tensor, Tensor | None]:
     batch, _, seq, _ = q.shape
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [B*S,H or K,d]
-    runs = mask.once("runs", lambda _: list(_runs(lengths)))
+    runs = mask.once(("runs", MOST_DOCUMENTS, MOST_TOKENS), lambda _: list(_runs(lengths)))
     results = [_packed(*(x[run.first : run.last] for x in packed), mask, run, scale, return_lse) for run in runs]
     outs, sums = zip(*results)
     out = (outs[0] if len(outs) == 1 else torch.cat(outs)).unflatten(0, (batch, seq)).transpose(1, 2)
