@@ -58,7 +58,8 @@ def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: C
     if cp is not None:
         apply_cp(model, cp)
     if mesh.experts is not None:
-        apply_ep(model, expert_mesh=mesh.experts, tp_group=mesh.group("tp"), kind=chosen.ep.name if chosen.ep else "all_to_all")
+        kind = chosen.ep.name if chosen.ep else "all_to_all"
+        apply_ep(model, expert_mesh=mesh.experts, tp_group=mesh.group("tp"), kind=kind, nodes=mesh.nodes)
     partial = {name for name, parameter in model.named_parameters() if shape.tp > 1 and partial_over_tp(parameter)}
     if compiled:
         apply_compile(model)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,26 @@ from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
 from llmtrain.parallel.hang.where import recorded
 
 MARGIN = 30.0  # seconds after parallel.timeout at which the back end itself gives up, should the watcher (`parallel/hang/watch.py`) fail
+
+
+class NodeGroups(NamedTuple):
+    """This rank's groups of hierarchical dispatch."""
+
+    outer: dist.ProcessGroup
+    """The ranks at the same place in other nodes."""
+    inner: dist.ProcessGroup
+    """The ranks of this node."""
+
+
+def node_groups(shape: MeshShape) -> NodeGroups:
+    """Make the groups of the axes ep_outer and ep_inner of `shape`, all of them on every rank; returns this rank's."""
+    mine = {}
+    for axis in NodeGroups._fields:
+        for group in shape.groups(f"ep_{axis}"):
+            made = dist.new_group(list(group.ranks), group_desc=f"mesh_{group.axis}")
+            if dist.get_rank() in group.ranks:
+                mine[axis] = made
+    return NodeGroups(**mine)
 
 
 class Mesh:
@@ -35,6 +56,8 @@ class Mesh:
         """The axes of EXPERT_AXES; None where experts are shared as all other parameters are."""
         if shape.ep > 1 or shape.etp > 1:
             self.experts = init_device_mesh(device.kind, shape.sizes(EXPERT_AXES), mesh_dim_names=EXPERT_AXES)
+        self.nodes = None if shape.ep_inner is None else node_groups(shape)
+        """What hierarchical dispatch sends over; None without it."""
 
     def place(self, axis: str) -> int:
         """Where this rank stands along `axis`."""
@@ -43,6 +66,10 @@ class Mesh:
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along `axis` alone."""
         return self.device_mesh.get_group(axis)
+
+    def expert_group(self, axis: str) -> dist.ProcessGroup:
+        """The same for an axis of `shape.expert_axes`, where `experts` is not None."""
+        return getattr(self.nodes, axis.removeprefix("ep_")) if axis in ("ep_outer", "ep_inner") else self.experts.get_group(axis)
 
     @property
     def data_rank(self) -> int:
@@ -93,7 +120,8 @@ class Mesh:
 
     def take_groups(self) -> set[dist.ProcessGroup]:
         """The groups that this mesh holds, which then end with whatever else holds them; it is of no use any more."""
-        return take_groups(*filter(None, [self.device_mesh, self.experts]))
+        nodes, self.nodes = self.nodes or (), None
+        return take_groups(*filter(None, [self.device_mesh, self.experts])) | set(nodes)
 
     def leave(self) -> None:
         """End the groups of this mesh, but not the world, in which another mesh may follow: gloo has a few threads for each group."""
@@ -120,7 +148,8 @@ def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
         else:
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(gc.collect)  # of the groups: a thread of gloo that lets go of its last tensor while Python ends kills the process
-    return Mesh(MeshShape.from_config(cfg, world=dist.get_world_size()), device=device)
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+    return Mesh(MeshShape.from_config(cfg, world=dist.get_world_size(), local=local), device=device)
 
 
 def stop(mesh: Mesh) -> None:
