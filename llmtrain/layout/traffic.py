@@ -129,6 +129,9 @@ class _Step:
             return
         tokens, k, etp, ep = self.batch * self.local, self.model.ffn.top_k, self.shape.etp, self.shape.ep
         hidden, forwards = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.forwards
+        if self.model.ffn.capacity is not None:  # whole sequences decide what finds room: probabilities and numbers of experts
+            self._add("tp", "all_gather", forwards, 2 * tokens * k * self.high, self.shape.tp)
+            self._add("cp", "all_gather", forwards, 2 * tokens * self.shape.tp * k * self.high, self.shape.cp)
         # The width of experts is split: tokens, probabilities and numbers of experts are gathered, results scattered.
         self._add("tp", "all_gather", forwards + times, hidden, etp)
         self._add("tp", "all_gather", forwards, tokens * k * self.high, etp)

@@ -56,6 +56,7 @@ FOUR = {
     "ep4 by nodes": on(MOE, FULL, dp_shard=2, tp=2, ep=4, ep_kind="hierarchical"),
     "ep4 by nodes of one": on(MOE, {"precision": "bf16"}, dp_shard=4, ep=4, ep_kind="hierarchical", ep_inner=1),
     "ep2 by nodes, etp2": on(MOE, ONES, dp_shard=2, tp=2, ep=2, etp=2, ep_kind="hierarchical", ep_inner=1),
+    "cp2 tp2, capacity": on(MOE, {"model": {"ffn": {"capacity": {}}}}, cp=2, tp=2),
     "cp2 tp2, ring": on(ONES, cp=2, tp=2, cp_kind="ring"),
     "tp4, few key heads, biases": on({"model": GPT}, tp=4),
     "pp2 dp2, mtp": on(ONES, {"model": {"mtp": {"heads": 1}}}, pp=2, dp_shard=2),
