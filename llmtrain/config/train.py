@@ -145,9 +145,13 @@ class ParallelConfig(Section):
     tp_kind: Literal["auto", "chunked", "symm_mem", "mc2"] = "auto"
     """How activations are sent beside the products of tp: in tp_chunks, by torch's kernels over symmetric memory (CUDA alone), or by
     torch_npu's operators (NPU alone); `auto` is mc2 on an NPU where that can serve, else chunked."""
-    ep_kind: Literal["auto", "all_to_all", "fused"] = "auto"
-    """How tokens reach the experts of other ranks: by all-to-alls, or by torch_npu's operators that join these with the experts' products
-    (Atlas A3 alone); `auto` is fused where that can serve, else all_to_all."""
+    ep_kind: Literal["auto", "all_to_all", "hierarchical", "fused"] = "auto"
+    """How tokens reach the experts of other ranks: by all-to-alls; once to each other node and from there by all-to-alls within it
+    (`ep_inner`); or by torch_npu's operators that join all-to-alls with the experts' products (Atlas A3 alone). `auto` is fused where that
+    can serve, else all_to_all."""
+    ep_inner: PositiveInt | None = None
+    """Ranks of ep that are taken to be of one node by ep_kind hierarchical; if not given, tp where experts are laid over it, else those
+    that the launcher started on a node."""
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """How the ranks of cp attend to each other's keys: gather all of them, pass them round a ring, or exchange sequence for heads."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = "auto"

@@ -129,15 +129,36 @@ class _Step:
             return
         tokens, k, etp, ep = self.batch * self.local, self.model.ffn.top_k, self.shape.etp, self.shape.ep
         hidden, forwards = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.forwards
+        if self.model.ffn.capacity is not None:  # whole sequences decide what finds room: probabilities and numbers of experts
+            self._add("tp", "all_gather", forwards, 2 * tokens * k * self.high, self.shape.tp)
+            self._add("cp", "all_gather", forwards, 2 * tokens * self.shape.tp * k * self.high, self.shape.cp)
         # The width of experts is split: tokens, probabilities and numbers of experts are gathered, results scattered.
         self._add("tp", "all_gather", forwards + times, hidden, etp)
         self._add("tp", "all_gather", forwards, tokens * k * self.high, etp)
         self._add("tp", "all_gather", forwards, tokens * k * 8, etp)
         self._add("tp", "reduce_scatter", forwards + times, hidden, etp)
         self._add("tp", "reduce_scatter", times, tokens * k * self.high, etp)
+        if self.shape.ep_inner is not None:
+            self._nodes(times, tokens=etp * tokens, hidden=etp * hidden)
+            return
         # Rows to the experts and back, and how many there are.
         self._add("ep", "all_to_all", forwards, 8 * self.model.ffn.experts, ep)
         self._add("ep", "all_to_all", 2 * (forwards + times), etp * k * hidden, ep)
+
+    def _nodes(self, times: int, *, tokens: int, hidden: float) -> None:
+        """Hierarchical dispatch of so many tokens, of `hidden` bytes."""
+        forwards, k, experts = times * self.forwards, self.model.ffn.top_k, self.model.ffn.experts
+        inner, outer = self.shape.ep_inner, self.shape.ep_outer
+        # To the other nodes: how many go to each expert, tokens with probabilities and numbers of experts; and sums of results back.
+        self._add("ep_outer", "all_gather", forwards, 8 * (experts + 1), outer)
+        self._add("ep_outer", "all_gather", forwards + times, hidden, outer)
+        self._add("ep_outer", "all_gather", forwards, tokens * k * self.high, outer)
+        self._add("ep_outer", "all_gather", forwards, tokens * k * 8, outer)
+        self._add("ep_outer", "reduce_scatter", forwards + times, hidden, outer)
+        self._add("ep_outer", "reduce_scatter", times, tokens * k * self.high, outer)
+        # Within the node as many rows as without nodes, since each of them gets its share of the tokens of all.
+        self._add("ep_inner", "all_to_all", forwards, 8 * experts // outer, inner)
+        self._add("ep_inner", "all_to_all", 2 * (forwards + times), k * hidden, inner)
 
     def _context(self, times: int) -> None:
         n, d, tp = self.shape.cp, self.model.head_dim, self.shape.tp

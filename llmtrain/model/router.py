@@ -105,11 +105,18 @@ def highest(scores: Tensor, k: int) -> Tensor:
 
 def within_capacity(probs: Tensor, ids: Tensor, experts: int, *, groups: int, capacity: int) -> Tensor:
     """`ids` [N,k] with `experts` in the place of choices that find no room: of each of `groups` equal runs of tokens an expert takes the
-    `capacity` choices with the highest `probs` [N,k], of equal ones the first."""
+    `capacity` choices with the highest `probs` [N,k], of equal ones the first.
+
+    Equal is what agrees in 15 binary digits: tokens that are alike, as documents' first ones often are, differ by rounding alone, which is
+    not the same on every mesh.
+    """
     flat = ids.flatten()
     group = torch.arange(len(flat), device=ids.device) // (len(flat) // groups)
     place = group * experts + flat  # which expert's room for which group
-    order = probs.detach().flatten().argsort(descending=True, stable=True)
+    digits = (
+        probs.detach().flatten().to(torch.float32).view(torch.int32) + 256
+    ) >> 9  # in the order of the numbers, which are not negative
+    order = digits.argsort(descending=True, stable=True)
     order = order[place[order].argsort(stable=True)]
     sizes = torch.bincount(place, minlength=groups * experts)
     first = sizes.cumsum(0) - sizes

@@ -44,7 +44,10 @@ def _through_experts(experts: Experts, rows: Tensor, exchange: Exchange) -> Tens
 
 
 def choose_ep(kind: str, demand: ExchangeDemand, ffn: MoEConfig) -> Chosen:
-    """`all_to_all` or `fused` for what `parallel.ep_kind` says. Raises UserError for `fused` where it cannot serve this."""
+    """The one of `all_to_all`, `hierarchical` and `fused` that `parallel.ep_kind` means.
+
+    Raises UserError for `fused` where it cannot serve this.
+    """
     reason = refuse_exchange(demand) or _refuse_experts(ffn)
     if kind == "fused" and reason:
         raise UserError(f"parallel.ep_kind fused: {reason}; use all_to_all")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,30 @@ from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
 from llmtrain.parallel.hang.where import device_wait, recorded
 
 MARGIN = 30.0  # seconds after parallel.timeout at which the back end itself gives up, should the watcher (`parallel/hang/watch.py`) fail
+
+
+class NodeGroups(NamedTuple):
+    """This rank's groups of hierarchical dispatch."""
+
+    outer: dist.ProcessGroup
+    """The ranks at the same place in other nodes."""
+    inner: dist.ProcessGroup
+    """The ranks of this node."""
+
+
+def node_groups(shape: MeshShape, options: Callable[[], Any | None] = lambda: None) -> NodeGroups:
+    """Make the groups of ep_outer and ep_inner of `shape`, all of them on every rank; returns this rank's. `options` as in Mesh."""
+    mine = {}
+    for axis in NodeGroups._fields:
+        for group in shape.groups(f"ep_{axis}"):
+            alone = len(group.ranks) == 1 or dist.get_rank() not in group.ranks
+            own = None if alone else options()
+            given = {} if own is None else {"pg_options": own, "timeout": own._timeout}
+            everyone = len(group.ranks) == shape.world
+            made = dist.group.WORLD if everyone else dist.new_group(list(group.ranks), group_desc=f"mesh_{group.axis}", **given)
+            if dist.get_rank() in group.ranks:
+                mine[axis] = made
+    return NodeGroups(**mine)
 
 
 class Mesh:
@@ -40,6 +64,8 @@ class Mesh:
         """The axes of EXPERT_AXES; None where experts are shared as all other parameters are."""
         if shape.ep > 1 or shape.etp > 1:
             self.experts = self._make(EXPERT_AXES)
+        self.nodes = None if shape.ep_inner is None else node_groups(shape, options)
+        """What hierarchical dispatch sends over; None without it."""
 
     def _make(self, axes: Sequence[str]) -> DeviceMesh:
         options = {axis: self._options_of(axis) for axis in axes}
@@ -57,6 +83,10 @@ class Mesh:
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along `axis` alone."""
         return self.device_mesh.get_group(axis)
+
+    def expert_group(self, axis: str) -> dist.ProcessGroup:
+        """The same for an axis of `shape.expert_axes`, where `experts` is not None."""
+        return getattr(self.nodes, axis.removeprefix("ep_")) if axis in ("ep_outer", "ep_inner") else self.experts.get_group(axis)
 
     @property
     def data_rank(self) -> int:
@@ -107,7 +137,8 @@ class Mesh:
 
     def take_groups(self) -> set[dist.ProcessGroup]:
         """The groups that this mesh holds, which then end with whatever else holds them; it is of no use any more."""
-        return take_groups(*filter(None, [self.device_mesh, self.experts]))
+        nodes, self.nodes = self.nodes or (), None
+        return take_groups(*filter(None, [self.device_mesh, self.experts])) | set(nodes)
 
     def leave(self) -> None:
         """End the groups of this mesh, but not the world, in which another mesh may follow: gloo has a few threads for each group."""
@@ -135,7 +166,9 @@ def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(gc.collect)  # of the groups: a thread of gloo that lets go of its last tensor while Python ends kills the process
     options = partial(device.group_options, timeout, buffer_mb=cfg.hccl_buffer_mb)
-    return Mesh(MeshShape.from_config(cfg, world=dist.get_world_size()), device=device, options=options)
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+    shape = MeshShape.from_config(cfg, world=dist.get_world_size(), local=local)
+    return Mesh(shape, device=device, options=options)
 
 
 def stop(mesh: Mesh) -> None:

@@ -105,7 +105,7 @@ def bytes_per_element(cfg: RunConfig) -> int:
 def _check_own_groups(mesh: Mesh) -> None:
     groups = {axis: mesh.group(axis) for axis in AXES} | {"fsdp": mesh.fsdp.get_group()}
     if mesh.experts is not None:
-        groups |= {axis: mesh.experts.get_group(axis) for axis in ("efsdp", "ep", "etp")}
+        groups |= {axis: mesh.expert_group(axis) for axis in mesh.shape.expert_axes}
     for axis, group in groups.items():
         mine = mesh.shape.group(axis, mesh.rank).ranks
         if tuple(dist.get_process_group_ranks(group)) != mine:

@@ -15,6 +15,8 @@ def miniature(model: ModelConfig) -> ModelConfig:
     groups = model.attention.heads // model.kv_heads
     attention = model.attention.model_copy(update={"heads": 2 * groups, "kv_heads": 2, "head_dim": 16})
     ffn = model.ffn.model_copy(update={"hidden": 64})
+    if ffn.kind == "moe" and ffn.balance is not None:  # the step has one sequence
+        ffn = ffn.model_copy(update={"balance": ffn.balance.model_copy(update={"sequences": "step"})})
     return model.model_copy(update={"pretrained": None, "layers": 2, "hidden": 64, "vocab_size": 256, "attention": attention, "ffn": ffn})
 
 

@@ -63,6 +63,7 @@ hold 2 rows unless it says otherwise: a pipeline without data parallelism sees 4
 | DeepSeek | latent attention; a dense layer, then 8 experts in 4 groups, 2 of a token and a shared one; scores are sigmoids with a bias \
 that moves every step; losses against unequal use over each row and against large logits; a head of multi-token prediction |
 | BigMac | 4 experts with biases between two projections that they share: rows of width 8 travel |
+| full groups | an expert takes its even share of 2 sequences and the rest is dropped; balanced by a loss over groups of 4, and by biases |
 | GPT | learned positions, LayerNorm before each branch, GELU, biases |
 
 {table}

@@ -28,6 +28,7 @@ MESHES = {
     "replicas, few key heads": ({}, {"dp_replicate": 2, "dp_shard": 3, "tp": 4}),
     "experts over tp": (MOE, {"dp_shard": 4, "tp": 2, "ep": 4}),
     "experts split": (MOE, {"dp_shard": 2, "dp_replicate": 2, "tp": 2, "ep": 2, "etp": 2}),
+    "experts by nodes": (MOE, {"dp_shard": 4, "tp": 2, "ep": 4, "ep_kind": "hierarchical"}),
     "tied": ({"tie_embeddings": True}, {"pp": 3, "dp_shard": 2, "tp": 2}),
     "mtp": ({"mtp": {"heads": 2}}, {"pp": 2, "dp_shard": 3}),
 }
@@ -73,7 +74,7 @@ def test_roles_are_all_of_pp_and_tp_at_both_ends_of_the_data_parallel_ranks(name
 def test_the_group_of_a_rank_is_the_one_of_all_groups_that_it_is_in(name):
     _, shape = resolved(name)
     axes = check_groups(shape, experts=True)
-    assert set(axes) == {*AXES, *EXPERT_AXES, "fsdp"}
+    assert set(axes) == {*AXES, *EXPERT_AXES, "fsdp", *(("ep_outer", "ep_inner") if shape.ep_inner else ())}
     for axis, groups in axes.items():
         for group in groups:
             assert all(shape.group(axis, rank) == group for rank in group.ranks)

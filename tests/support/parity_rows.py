@@ -33,6 +33,17 @@ MODELS = {
         "mtp": {"heads": 1},
     },
     "BigMac": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 32, "descend": 8, "activation": "gelu", "bias": True}},
+    "MoE, full groups": {
+        "ffn": {
+            "kind": "moe",
+            "experts": 4,
+            "top_k": 2,
+            "hidden": 16,
+            "router": {"bias_rate": 0.01},
+            "balance": {"weight": 0.1, "sequences": 4},
+            "capacity": {"factor": 1.0, "sequences": 2},
+        }
+    },
     "GPT": {
         "position": {"kind": "learned"},
         "max_seq_len": 32,
@@ -109,6 +120,8 @@ ACCUMULATE = {"train.micro_batch": 1}
 FULL, SELECTIVE = ({"train.recompute": kind} for kind in ("full", "selective"))
 CHUNKS = {"parallel.tp_chunks": 3}
 RING, ULYSSES = ({"parallel.cp_kind": kind} for kind in ("ring", "ulysses"))
+GROUPS = "MoE, full groups"
+NODES = {"parallel.ep_kind": "hierarchical"}
 
 ONE = [
     Row({}, options=FULL, quick="fp64"),
@@ -213,6 +226,13 @@ EXPERT = [
     Row({"dp_shard": 2, "tp": 2, "ep": 2}, "MoE"),
     Row({"dp_shard": 2, "tp": 2, "ep": 2, "etp": 2}, "MoE"),
     Row({"dp_shard": 2, "cp": 2, "ep": 4}, "MoE", RING),
+    Row({"dp_shard": 2, "ep": 2}, GROUPS, quick="short"),
+    Row({"tp": 2}, GROUPS, quick="short"),
+    Row({"cp": 2}, GROUPS, quick="short"),
+    Row({"cp": 2, "tp": 2, "ep": 2}, GROUPS, FULL | RING, quick="short"),
+    Row({"pp": 2, "dp_shard": 2}, GROUPS, schedule("1f1b")),
+    Row({"dp_shard": 2, "tp": 2, "ep": 4}, "MoE", NODES, quick="short"),
+    Row({"dp_shard": 4, "ep": 4}, "MoE", NODES | {"parallel.ep_inner": 2} | FULL),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("1f1b")),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE),
     Row({"pp": 2, "tp": 2, "ep": 2}, "MoE", schedule("1f1b"), quick="short"),

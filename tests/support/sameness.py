@@ -20,7 +20,7 @@ from llmtrain.engine.native import build
 from llmtrain.layout.steps import StepPlan
 from llmtrain.model.objective import cross_entropy
 from llmtrain.ops import Call, resolve
-from llmtrain.parallel import cp_ring, ep
+from llmtrain.parallel import cp_ring, ep_rows
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.tools.selftest.parity_run import nudge_weights
@@ -137,7 +137,7 @@ def no_merge(engine):
 
 def no_order(engine):
     """Results return from the experts in the experts' order, not in the one in which their tokens came."""
-    return replaced(ep, "inverse", lambda order: torch.arange(len(order)))
+    return replaced(ep_rows, "inverse", lambda order: torch.arange(len(order)))
 
 
 def no_sharing(engine):

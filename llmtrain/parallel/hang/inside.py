@@ -11,7 +11,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from llmtrain.compat import open_collectives
-from llmtrain.layout.mesh import AXES, EXPERT_AXES
+from llmtrain.layout.mesh import AXES
 from llmtrain.parallel.hang.record import Field
 from llmtrain.parallel.hang.where import HERE
 from llmtrain.parallel.mesh import Mesh
@@ -139,7 +139,7 @@ def named_groups(mesh: Mesh) -> dict[str, tuple[str, list[int]]]:
     """Name of each process group of this rank -> its axis and its ranks. A group that several axes share has all their names."""
     parts = [(axis, mesh.device_mesh.get_group(axis)) for axis in AXES]
     if mesh.experts is not None:
-        parts += [(axis, mesh.experts.get_group(axis)) for axis in EXPERT_AXES if axis not in AXES]
+        parts += [(axis, mesh.expert_group(axis)) for axis in mesh.shape.expert_axes]
     parts += [("fsdp", mesh.fsdp.get_group()), ("world", dist.group.WORLD)]
     axes: dict[str, list[str]] = {}
     members = {}
