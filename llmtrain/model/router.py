@@ -50,6 +50,14 @@ class Router(nn.Module):
         biased = self.options.bias_rate is not None
         self.register_buffer("bias", torch.empty(cfg.ffn.experts, dtype=torch.float32) if biased else None)
 
+    def _apply(self, fn, recurse=True):
+        # In 16 bits the bias would be rounded, and choose other experts; its steps would be lost.
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.bias.dtype.itemsize < 4:
+            self.bias = bias.to(self.bias.device)
+        return self
+
     def forward(self, x: Tensor) -> Choice:
         options, precise = self.options, torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(precise), self.weight.to(precise))  # [N,E]
