@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,8 +19,12 @@ class StepResult:
 
     loss_sum: float
     target_count: int
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     bad_samples: tuple[int, ...] = ()
+    expert_counts: torch.Tensor | None = None
+    """[L,E] int64: how often the step's tokens chose each expert of each mixture of experts; None without any."""
+    events: tuple[str, ...] = ()
+    """What else happened and is to be said, in words."""
 
     @property
     def loss(self) -> float:

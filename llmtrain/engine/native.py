@@ -81,7 +81,8 @@ class NativeEngine:
         self._norm = math.sqrt(square)
         compiling = compile_seconds() - compiling
         metrics = {"compile_seconds": compiling} if compiling else {}
-        return self._result(micro_batches, values, loss_sum, total, metrics | self._expert_metrics(experts))
+        result = self._result(micro_batches, values, loss_sum, total, metrics | self._expert_metrics(experts))
+        return result if self.stages.usage is None else replace(result, expert_counts=self.stages.usage.totals[:, :-1])
 
     def _expert_shares(self) -> list[float]:
         """What this rank brings to the loss that balances experts, and to the norms of the routers' biases by layer."""
