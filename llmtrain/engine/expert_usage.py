@@ -36,12 +36,15 @@ class ExpertUsage:
         self._adds = model.ffn.balance is not None or model.ffn.router.z_loss > 0
         self.layers = model.expert_layers + model.mtp.heads
         self.routers: dict[int, nn.Module] = {}
+        self.modules: dict[int, tuple[str, MoE]] = {}
+        """The layers of this rank, and their names, by number."""
         self._seen: Seen | None = None
         self._numbers: dict[int, list[int]] = {}
         for stage, part in parts.items():
             found = {_number(name, model): layer for name, layer in part.named_modules() if isinstance(layer, MoE)}
             self._numbers[stage] = list(found)
             self.routers |= {number: layer.router for number, layer in found.items()}
+            self.modules |= {_number(name, model): (name, layer) for name, layer in part.named_modules() if isinstance(layer, MoE)}
             for layer in found.values():
                 layer.observe = self._observe
         self.totals: Tensor | None = None

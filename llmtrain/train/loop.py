@@ -119,11 +119,13 @@ class Loop:
             self.engine.apply(lr=step.lr)
         self.loss, self.next_step = result.loss, step.index + 1
         compiling = result.metrics.get("compile_seconds", 0.0)
-        self.speed.exclude(compiling)
+        self.speed.exclude(compiling + result.metrics.get("move_seconds", 0.0))
         self.speed.end_step(tokens=step.batch * step.seq_len, flops_per_token=flops_per_token(self.cfg.model, step.seq_len))
         self._report(step, result, norm=norm, skipped=skipped, spike=bool(spike and spike.spike), waited=waited)
         if compiling:
             self._event(step, f"compiled the blocks for sequences of {step.seq_len} tokens in {compiling:.0f} s, not counted as training")
+        for text in result.events:
+            self._event(step, text)
         if overflow:
             self._event(step, "fp16 gradients overflowed; step discarded, loss scale halved")
         elif problem:

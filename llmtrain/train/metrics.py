@@ -18,7 +18,7 @@ from llmtrain.train.speed import SpeedMeter as SpeedMeter
 Value = float | int | str | list | dict | None
 
 
-WORST = {"load": max, "entropy": min, "dropped": max}
+WORST = {"load": max, "entropy": min, "dropped": max, "rank_load": max}
 """What a step's `experts` say of every layer, and which of the layers is the worst."""
 
 
@@ -144,7 +144,8 @@ def build_sinks(cfg: MetricsConfig, folder: Path, run: dict, *, say: Callable[[s
 
 
 def worst(experts: dict[str, Any] | None) -> dict[str, float]:
-    """Of a step's `experts` those of the worst layer: the fullest expert's tokens over the mean, the entropy, the share dropped."""
+    """Of a step's `experts` those of the worst layer: the fullest expert's tokens over the mean, the entropy, the share dropped,
+    and with parallel.expert_placement the fullest rank's tokens over the mean."""
     return {name: pick(experts[name]) for name, pick in WORST.items() if experts and experts.get(name)}
 
 
