@@ -123,6 +123,17 @@ class TrainConfig(Section):
         return self
 
 
+class ExpertPlacementConfig(Section):
+    """Which rank of ep holds which experts, by how many tokens these get: checked now and then, and changed where that helps."""
+
+    every: PositiveInt = 50
+    """Steps between checks."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How much of the average of an expert's tokens stays when a step is added; 0 looks at the last step alone."""
+    gain: NonNegativeFloat = 0.08
+    """Experts of a layer move if the coefficient of variation (std / mean) of its ranks' tokens falls by at least this much."""
+
+
 class ParallelConfig(Section):
     """The mesh: how many ranks along each axis."""
 
@@ -152,6 +163,9 @@ class ParallelConfig(Section):
     ep_inner: PositiveInt | None = None
     """Ranks of ep that are taken to be of one node by ep_kind hierarchical; if not given, tp where experts are laid over it, else those
     that the launcher started on a node."""
+    expert_placement: ExpertPlacementConfig | None = None
+    """Move experts between the ranks of ep so that all get about as many tokens; if not given, each rank keeps those that follow each
+    other."""
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """How the ranks of cp attend to each other's keys: gather all of them, pass them round a ring, or exchange sequence for heads."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = "auto"
@@ -272,6 +286,20 @@ class SpikeConfig(Section):
     """How far above the mean."""
 
 
+class ExpertGuardConfig(Section):
+    """Tokens that all go to few experts: a layer beyond either limit in each of `steps` steps in a row."""
+
+    action: Literal["warn", "stop", "off"] = "warn"
+    """Say so, once until the layer is within the limits again for as long; end the run with exit code 3; or do not look."""
+    load: PositiveFloat | None = None
+    """Most tokens of an expert over the mean of all; half way between even use, 1, and the worst, experts / top_k, if not given."""
+    entropy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least entropy of the experts' shares over that of equal ones; half way between the worst, log top_k / log experts, and 1 if not
+    given."""
+    steps: PositiveInt = 50
+    """Steps in a row."""
+
+
 class GuardsConfig(Section):
     """What stops or skips a step before the optimizer sees it."""
 
@@ -279,6 +307,8 @@ class GuardsConfig(Section):
     """A NaN or infinite loss or gradient stops the run with exit code 3 and names the samples, or skips the step."""
     spike: SpikeConfig = SpikeConfig()
     """Loss and gradient-norm spikes."""
+    experts: ExpertGuardConfig = ExpertGuardConfig()
+    """Mixtures of experts that collapse."""
     deadline: str | None = None
     """Save and stop before this moment: an ISO time, or `slurm` for the job's own end."""
     deadline_margin: PositiveFloat = 120.0

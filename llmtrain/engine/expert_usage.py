@@ -36,12 +36,15 @@ class ExpertUsage:
         self._adds = model.ffn.balance is not None or model.ffn.router.z_loss > 0
         self.layers = model.expert_layers + model.mtp.heads
         self.routers: dict[int, nn.Module] = {}
+        self.modules: dict[int, tuple[str, MoE]] = {}
+        """The layers of this rank, and their names, by number."""
         self._seen: Seen | None = None
         self._numbers: dict[int, list[int]] = {}
         for stage, part in parts.items():
             found = {_number(name, model): layer for name, layer in part.named_modules() if isinstance(layer, MoE)}
             self._numbers[stage] = list(found)
             self.routers |= {number: layer.router for number, layer in found.items()}
+            self.modules |= {_number(name, model): (name, layer) for name, layer in part.named_modules() if isinstance(layer, MoE)}
             for layer in found.values():
                 layer.observe = self._observe
         self.totals: Tensor | None = None
@@ -152,8 +155,8 @@ class ExpertUsage:
         return {number: float(router.bias.norm()) for number, router in self.routers.items() if router.bias is not None}
 
     def metrics(self) -> dict[str, Any]:
-        """Of the last step by layer: `load`, the fullest expert's tokens over the mean; `entropy` of the experts' shares over that of equal
-        ones; and `dropped`, the share of choices that found no room, where there is a capacity."""
+        """Of the last step by layer, from block `first_layer` on: `load`, the fullest expert's tokens over the mean; `entropy` of the
+        experts' shares over that of equal ones; and `dropped`, the share of choices that found no room, where there is a capacity."""
         counts, dropped = self.totals[:, :-1].double().cpu(), self.totals[:, -1].double().cpu()
         total = counts.sum(1).clamp_min(1)
         shares = counts / total[:, None]
@@ -161,7 +164,8 @@ class ExpertUsage:
         found = {"load": shares.amax(1) * self.ffn.experts, "entropy": entropy}
         if self.ffn.capacity is not None:
             found["dropped"] = dropped / total
-        return {name: [round(value, 6) for value in values.tolist()] for name, values in found.items()}
+        layers = {name: [round(value, 6) for value in values.tolist()] for name, values in found.items()}
+        return {"first_layer": self.ffn.dense_layers} | layers
 
 
 def _number(name: str, model: ModelConfig) -> int:

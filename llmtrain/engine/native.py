@@ -13,6 +13,7 @@ from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET, Batch
 from llmtrain.device.base import Device
 from llmtrain.engine.base import Capabilities, StepResult, register_engine
+from llmtrain.engine.expert_placement import Settled, build_placement
 from llmtrain.engine.local_optimizer import LocalOptimizer
 from llmtrain.engine.loss_scale import LossScale
 from llmtrain.engine.micro_batch import MicroBatch, prepare
@@ -58,6 +59,7 @@ class NativeEngine:
         self.cfg, self.stages, self.objective, self.mesh, self.device = cfg, stages, objective, mesh, device
         self.parameters = stages.parameters
         self.optimizer = LocalOptimizer(stages.parameters | stages.copies, cfg.optim, ops=ops)
+        self.placement = build_placement(cfg, stages=stages, optimizer=self.optimizer, mesh=mesh)
         self.steps_taken = 0
         self.loss_scale = LossScale(cfg.precision.loss_scale) if cfg.precision.compute == "fp16" else None
         self._norm: float | None = None
@@ -71,6 +73,7 @@ class NativeEngine:
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Gradients of the mean over all target tokens of the step; see Engine."""
+        settled = self.placement.settle() if self.placement else Settled()
         total, compiling = self._count_targets(micro_batches), compile_seconds()
         factor = self.loss_scale.value if self.loss_scale else 1.0
         prepared = self._prepared(micro_batches, heads=self.cfg.model.mtp.heads)
@@ -81,8 +84,10 @@ class NativeEngine:
         loss_sum, square, *experts = self.mesh.sum(*shares)  # one message for all
         self._norm = math.sqrt(square)
         compiling = compile_seconds() - compiling
-        metrics = {"compile_seconds": compiling} if compiling else {}
-        return self._result(micro_batches, values, loss_sum, total, metrics | self._expert_metrics(experts))
+        metrics = ({"compile_seconds": compiling} if compiling else {}) | settled.metrics | self._expert_metrics(experts)
+        counts = None if self.stages.usage is None else self.stages.usage.totals[:, :-1]
+        result = self._result(micro_batches, values, loss_sum, total, metrics)
+        return replace(result, expert_counts=counts, events=settled.events)
 
     def _expert_shares(self) -> list[float]:
         """What this rank brings to the loss that balances experts, and to the norms of the routers' biases by layer."""
@@ -90,6 +95,8 @@ class NativeEngine:
         if usage is None:
             return []
         balance, norms, mine = usage.end_step(), [0.0] * usage.layers, usage.biases()
+        if self.placement is not None:
+            self.placement.add()
         if not any(map(self.mesh.place, ("dp_replicate", "dp_shard", "cp", "tp"))):
             for layer, norm in mine.items():
                 norms[layer] = norm
@@ -100,6 +107,8 @@ class NativeEngine:
         if usage is None:
             return {}
         layers = usage.metrics() | ({"bias": sums[1:]} if len(sums) > 1 else {})
+        if self.placement is not None:
+            layers |= self.placement.metrics()
         losses = self.cfg.model.ffn.balance is not None or self.cfg.model.ffn.router.z_loss > 0
         return ({"balance_loss": sums[0]} if losses else {}) | {"experts": layers}
 
@@ -247,7 +256,12 @@ class NativeEngine:
     # --- state --------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Live parameters and moments of this rank's stages by canonical name, and the number of steps taken."""
+        """Live parameters and moments of this rank's stages by canonical name, and the number of steps taken.
+
+        Experts that have moved are brought home first; they are there until the next step.
+        """
+        if self.placement is not None:
+            self.placement.go_home()
         state = {"step": torch.tensor(self.steps_taken, dtype=torch.int64)}
         moments = self.optimizer.moments
         for name, parameter in self.parameters.items():
@@ -269,10 +283,13 @@ class NativeEngine:
         self.optimizer.set_steps(self.steps_taken)
 
     def extra_state(self) -> dict:
-        """The loss scale, if there is one."""
-        return {"loss_scale": self.loss_scale.state()} if self.loss_scale else {}
+        """The loss scale, and where experts are to be, if there are such."""
+        found = {"loss_scale": self.loss_scale.state()} if self.loss_scale else {}
+        return found | ({"expert_placement": self.placement.state()} if self.placement else {})
 
     def load_extra_state(self, extra: dict) -> None:
-        """Take over the loss scale."""
+        """Take over what the engine has of it."""
         if self.loss_scale and "loss_scale" in extra:
             self.loss_scale.load_state(extra["loss_scale"])
+        if self.placement and "expert_placement" in extra:
+            self.placement.load_state(extra["expert_placement"])

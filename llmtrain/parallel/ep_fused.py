@@ -22,11 +22,13 @@ class FusedExperts:
 
     def __init__(self, experts: Experts, group: dist.ProcessGroup, count: int):
         self.experts, self.group, self.count = experts, group, count
+        self.slots: Tensor | None = None
+        """As in PlacedDispatcher; None where experts stand in the slots of their numbers."""
         # Through the module's own call, in which FSDP2 gathers its parameters.
         experts.forward = partial(_through_experts, experts)
 
     def __call__(self, x: Tensor, probs: Tensor, ids: Tensor, *, meanwhile: Meanwhile | None = None) -> Tensor:
-        ops = self.experts.ops
+        ops, ids = self.experts.ops, ids if self.slots is None else self.slots[ids]
         rows, order, counts = ops.permute(x, ids, self.count)  # [N k,D], sorted by expert and so by rank
         results = self.experts(rows, Exchange.of(counts, self.group, ops.grouped_mm))
         return ops.unpermute(results, order, probs)

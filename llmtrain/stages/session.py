@@ -76,6 +76,8 @@ class Session:
         self.console.message(f"mesh: {self.mesh.shape.describe()} ({self.mesh.device.collective_backend}), engine {self.cfg.engine.kind}")
         if self.cfg.parallel.hccl_buffer_mb is not None and self.mesh.device.collective_backend != "hccl":
             self.console.message(f"parallel.hccl_buffer_mb: not used, groups are {self.mesh.device.collective_backend}'s")
+        if self.cfg.parallel.expert_placement is not None and self.mesh.shape.ep == 1:
+            self.console.message("parallel.expert_placement: not used, every rank has all experts (parallel.ep 1)")
         if self.mesh.shape.pp > 1:
             self.console.message(f"pipeline: {self._pipeline()}")
         self.console.message(f"kernels: {kernels} (`llmtrain kernels` says why)")

@@ -6,7 +6,6 @@ llmtrain report runs/quickstart
 import argparse
 import json
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
 from llmtrain.tools.history import History, read_config
+from llmtrain.tools.markdown import fence, table
+from llmtrain.tools.report_experts import experts_section
 from llmtrain.tools.report_plot import draw, sparkline
 from llmtrain.train.console import duration
 
@@ -51,6 +52,7 @@ def write_report(run_folder: Path, extra: dict[str, Any]) -> Path:
         _results(history),
         _validation(history, extra),
         _plot(history, folder, name=name, baseline=extra.get("bigram")),
+        experts_section(history, folder),
         _sample(extra.get("sample")),
         _configuration(cfg),
         _files(folder, extra),
@@ -60,14 +62,6 @@ def write_report(run_folder: Path, extra: dict[str, Any]) -> Path:
     path = folder / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
-
-
-def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table."""
-    lines = [list(header), *map(list, rows)]
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    text = ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([text[0], "|" + "---|" * len(cells[0]), *text[1:]])
 
 
 def _keep_extra(path: Path, extra: dict[str, Any]) -> dict[str, Any]:
@@ -137,18 +131,12 @@ def _plot(history: History, folder: Path, *, name: str, baseline: float | None) 
         losses = history.column("loss")
         ends = f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "no finite training loss"
         hint = f"No plot: {error}. `pip install llmtrain[viz]`, then `llmtrain report {folder}` draws it."
-        return f"## Loss\n\n{ends}\n\n{_fence(sparkline(losses))}\n\n{hint}"
+        return f"## Loss\n\n{ends}\n\n{fence(sparkline(losses))}\n\n{hint}"
     return f"## Loss\n\n![loss, gradient norm and learning rate over the steps]({PLOT})"
 
 
 def _sample(text: str | None) -> str:
-    return f"## A passage by the model\n\n{_fence(text)}" if text else ""
-
-
-def _fence(text: str) -> str:
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    ticks = "`" * max(3, longest + 1)
-    return f"{ticks}text\n{text}\n{ticks}"
+    return f"## A passage by the model\n\n{fence(text)}" if text else ""
 
 
 def _configuration(cfg: RunConfig | None) -> str:

@@ -10,7 +10,8 @@ import yaml
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.tools.history import History
-from llmtrain.tools.report import main, table, write_report
+from llmtrain.tools.markdown import table
+from llmtrain.tools.report import main, write_report
 from llmtrain.tools.report_plot import smoothed, sparkline
 
 
