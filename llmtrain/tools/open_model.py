@@ -179,9 +179,9 @@ def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype, mesh: Mesh 
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by canonical name, as far as this rank holds them."""
+    """Parameters, and the biases that routers keep, by canonical name, as far as this rank holds them."""
     part = model.part if isinstance(model, SharedModel) else model
-    return {name: parameter.detach() for name, parameter in part.named_parameters()}
+    return {name: tensor.detach() for name, tensor in (*part.named_parameters(), *part.named_buffers())}
 
 
 def _read(checkpoint: Path, weights: dict[str, Tensor], metadata, *, stored: torch.dtype) -> None:
