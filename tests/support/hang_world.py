@@ -120,7 +120,7 @@ def _sleep() -> None:
 
 
 def _pause() -> None:
-    time.sleep(12)
+    time.sleep(16)
 
 
 def _stop() -> None:
