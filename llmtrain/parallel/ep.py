@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import UserError
@@ -120,11 +120,16 @@ def apply_ep(
 
 
 def check_ep(model: ModelConfig, *, ep: int, etp: int) -> None:
-    """Raise UserError, with the arithmetic, unless the experts of this model can be shared so."""
-    if model.ffn.kind != "moe":
-        raise UserError(f"parallel.ep {ep} and etp {etp} share experts, and model.ffn.kind {model.ffn.kind} has none; set both to 1")
+    """Raise UserError, with the arithmetic, unless the experts of this model can be shared so in training."""
+    check_shares(model, ep=ep, etp=etp)
     if etp > 1 and model.ffn.bias:
         raise UserError(f"parallel.etp {etp} splits experts, whose biases (model.ffn.bias) would be added {etp} times; set parallel.etp 1")
+
+
+def check_shares(model: ModelConfig, *, ep: int, etp: int) -> None:
+    """Raise UserError, with the arithmetic, unless this model has experts whose number and width can be divided so."""
+    if model.ffn.kind != "moe":
+        raise UserError(f"parallel.ep {ep} and etp {etp} share experts, and model.ffn.kind {model.ffn.kind} has none; set both to 1")
     _check(model.ffn.experts, model.ffn.hidden, ep=ep, etp=etp)
 
 
@@ -158,12 +163,16 @@ def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None, *, 
         layer.routed = SplitExperts(layer.routed, tp_group or mesh.get_group("etp"))
 
 
+_BY_WIDTH = {"gate_proj": Shard(2), "up_proj": Shard(2), "down_proj": Shard(1)}
+_BY_WIDTH |= {"gate_bias": Shard(1), "up_bias": Shard(1), "down_bias": Replicate()}
+"""How the stacks of an Experts are split over etp."""
+
+
 def _shard_weights(experts: Experts, mesh: DeviceMesh, axes: list[str]) -> None:
     if not axes:
         return
     for name, parameter in list(experts.named_parameters()):
-        dims = {"ep": 0, "etp": 1 if name == "down_proj" else 2}
-        placements = [Shard(dims[axis]) for axis in axes]
+        placements = [Shard(0) if axis == "ep" else _BY_WIDTH[name] for axis in axes]
         sharded = distribute_tensor(parameter.detach(), mesh[tuple(axes)], placements, src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(sharded))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.data.batch import NO_TARGET
 from llmtrain.layout.stages import split_layers
+from llmtrain.model.moe import MoE
 from llmtrain.model.transformer import cut
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.hang.where import device_wait, recorded, watch_layers
@@ -19,13 +20,15 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.ops import gather_vocabulary
 from llmtrain.parallel.ops.vocabulary import first_entry
 from llmtrain.parallel.pipeline import from_stage
+from llmtrain.parallel.serve_experts import share_experts
 from llmtrain.parallel.tp import Splitter, check_tp
 
 
 def share(model: nn.Module, mesh: Mesh) -> "SharedModel":
-    """`model`, whole and on meta, as this rank's part of a model over the axes tp and pp of `mesh`, in place.
+    """`model`, whole and on meta, as this rank's part of a model over the axes pp, tp, ep and etp of `mesh`, in place.
 
-    Raises UserError for a model that cannot be split so.
+    Ranks that differ along dp_shard alone hold the same dense parts, and different experts. Raises UserError for a model that cannot be
+    split so.
     """
     shape = mesh.shape
     if shape.pp > 1:
@@ -36,6 +39,8 @@ def share(model: nn.Module, mesh: Mesh) -> "SharedModel":
     if shape.tp > 1:
         check_tp(model.cfg, shape.tp)
         _WholeSequence(mesh.device_mesh["tp"], model.cfg.vocab_size).model(model)
+    if mesh.experts is not None:
+        share_experts(model, mesh.experts)
     watch_layers(model)
     return SharedModel(model, mesh)
 
@@ -108,6 +113,12 @@ class SharedModel(nn.Module):
 
 class _WholeSequence(Splitter):
     """Layers split as in training, whose partial sums are added on every rank instead of being shared out over the sequence."""
+
+    def model(self, model: nn.Module) -> None:
+        super().model(model)
+        for layer in model.modules():
+            if isinstance(layer, MoE) and layer.shared is not None and layer.shared.down_proj.in_features % self.mesh.size() == 0:
+                self.feed_forward(layer.shared)
 
     def qkv(self, attention: nn.Module, kv_rows: slice | None, x: Tensor) -> tuple[Tensor, ...]:
         weights, biases = self.attention_weights(attention, kv_rows)
