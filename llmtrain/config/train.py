@@ -172,6 +172,9 @@ class ParallelConfig(Section):
     """Order of the micro-batches in a pipeline; `auto` is 1f1b, or interleaved with several virtual stages."""
     virtual_stages: PositiveInt = 1
     """Stages of the pipeline that one rank holds."""
+    overlap_micro_batches: bool = False
+    """Compute the forward pass of one micro-batch while tokens of another's backward pass travel to their experts, and the other way round:
+    in the pairs of schedule dualpipev, or of interleaved, which then runs one more forward ahead."""
     layers_per_stage: list[NonNegativeInt] | None = None
     """Blocks of each stage, first to last, pp x virtual_stages of them; balanced by cost if not given."""
     reshard_after_forward: bool = True

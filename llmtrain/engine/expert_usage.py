@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -53,16 +54,17 @@ class ExpertUsage:
 
     def _observe(self, usage: Callable[..., Usage]) -> None:
         losses = self._adds and torch.is_grad_enabled()
-        if self._seen is None and not losses:
+        watched = self._seen is not None and get_ident() == self._thread  # a backward pass in another thread recomputes
+        if not watched and not losses:
             return
         found = usage(losses=losses)  # recomputation has to make the same graph as the forward pass, though nobody looks at it
-        if self._seen is not None:
+        if watched:
             self._seen.append(found)
 
     @contextmanager
     def watching(self) -> Iterator[Seen]:
         """The forward pass of a stage inside is put down in what this gives; others, and recomputation, are not looked at."""
-        self._seen = seen = []
+        self._seen, self._thread = (seen := []), get_ident()
         try:
             yield seen
         finally:

@@ -26,12 +26,25 @@ def check_parallel(cfg: RunConfig, shape: MeshShape, plan: StepPlan, *, device: 
     if cfg.model.ffn.kind == "moe":
         for segment in plan.segments:
             _check_groups(cfg.model.ffn, shape, segment)
+    if cfg.parallel.overlap_micro_batches:
+        _check_overlap(cfg, shape)
     if shape.pp > 1:
         pipeline = PipelinePlan.from_config(cfg)
         for segment in plan.segments:
             pipeline.schedule(segment.batch // (shape.dp * segment.phase.micro_batch))
     elif cfg.parallel.virtual_stages > 1:
         raise UserError(f"parallel.virtual_stages {cfg.parallel.virtual_stages} needs a pipeline: set parallel.pp, or virtual_stages to 1")
+
+
+def _check_overlap(cfg: RunConfig, shape: MeshShape) -> None:
+    name = "parallel.overlap_micro_batches"
+    if shape.pp == 1 or shape.ep == 1:
+        raise UserError(
+            f"{name} has a pipeline compute while tokens travel to experts of other ranks: it needs parallel.pp {shape.pp} and "
+            f"parallel.ep {shape.ep} of 2 or more"
+        )
+    if cfg.parallel.ep_kind == "fused":
+        raise UserError(f"{name} needs parallel.ep_kind all_to_all or hierarchical, which send and wait apart, not fused")
 
 
 def _check_groups(ffn: MoEConfig, shape: MeshShape, segment: Segment) -> None:

@@ -86,13 +86,13 @@ class HierarchicalDispatcher:
             longest = int(everyone.sum(1).max()) // ids.shape[1]
         tokens = len(x)
         x, probs, ids = _padded(x, longest), _padded(probs, longest), _padded(ids, longest, self.experts)
-        gathers = [AllGather(outer) for _ in (x, probs)]
-        buffers = [gather.start(part) for gather, part in zip(gathers, (x, probs))]
-        numbers = start_gather(ids, outer)
+        gather_probs, gather_x = AllGather(outer, hands_over=False), AllGather(outer)
+        numbers, probs = start_gather(ids, outer), gather_probs.start(probs)
+        x = gather_x.start(x)
         first = outer.rank() * held
         shares = Shares.of(everyone[:, first : first + held].sum(0), self.nodes.inner)  # while tokens are on their way
         copies = Copies.of(numbers.wait() - first, held, sum(shares.sent))
-        x, probs = (gather.wait(buffer) for gather, buffer in zip(gathers, buffers))
+        x, probs = gather_x.wait(x), gather_probs.wait(probs)
         return Sent(shares, shares.send(_Spread.apply(x, copies)), copies, probs, tokens)
 
     def wait(self, handle: Sent) -> Dispatched:

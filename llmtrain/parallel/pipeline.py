@@ -1,6 +1,7 @@
 """Carries out the action lists of `layout/schedule.py`: the stages of a pipeline, micro-batch by micro-batch."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from llmtrain.compat import reduce_fsdp_gradients, split_backward
 from llmtrain.layout.schedule import Action, Schedule, with_communication
 from llmtrain.parallel.hang.record import BACKWARD, FORWARD
 from llmtrain.parallel.hang.where import Begun, at, ends, mark, recorded
+from llmtrain.parallel.turns import together
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, hidden states from the stage before or None) -> hidden states, or the last stage's scalar to minimise."""
@@ -33,11 +35,20 @@ class Pipeline:
     """The stages that this rank holds, and the ranks that hold the others.
 
     Each stage is an FSDP root of its own, or plain. Gradients of a stage are reduced over data-parallel ranks once, when its last
-    backward pass of the step is done.
+    backward pass of the step is done. With `overlap` the pairs of a schedule run in turns, the backward pass in a thread that
+    `enter_thread` is called in first.
     """
 
-    def __init__(self, parts: dict[int, nn.Module], *, group: dist.ProcessGroup, device: torch.device):
-        self.parts, self.group, self.device = parts, group, device
+    def __init__(
+        self,
+        parts: dict[int, nn.Module],
+        *,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        overlap: bool = False,
+        enter_thread: Callable[[], None] | None = None,
+    ):
+        self.parts, self.group, self.device, self.overlap, self.enter_thread = parts, group, device, overlap, enter_thread
         self.ends = {stage: ends(part) for stage, part in parts.items()}
 
     def run(
@@ -75,33 +86,44 @@ class _Run:
         self._arriving: dict[tuple[str, int, int], tuple[Tensor, Begun]] = {}
         self._ready: dict[tuple[str, int, int], Tensor] = {}
         self._sent: list[tuple[Tensor, Begun]] = []
+        self._beside = ThreadPoolExecutor(1, initializer=pipeline.enter_thread)
 
     def do(self, action: Action) -> None:
-        """Carry out one action; a pair that may overlap is done one after the other."""
-        for part in action.flat():
-            key = part.stage, part.micro_batch
-            at(micro_batch=part.micro_batch)
-            mark(self.pipeline.ends[part.stage][part.kind not in AT_FIRST], FORWARD if part.kind in ONWARD else BACKWARD)
-            match part.kind:
-                case "F":
-                    self._forward(*key)
-                case "B":
-                    self._backward(*key)
-                case "I":
-                    self._backward_inputs(*key)
-                case "W":
-                    self._backward_weights(*key)
-                case "SEND_F":
-                    self._send(self._ready.pop(("F", part.stage + 1, part.micro_batch)), part.stage + 1)
-                case "RECV_F":
-                    self._receive("F", *key, source=part.stage - 1)
-                case "SEND_B":
-                    self._send(self._ready.pop(("B", part.stage - 1, part.micro_batch)), part.stage - 1)
-                case "RECV_B":
-                    self._receive("B", *key, source=part.stage + 1)
+        """Carry out one action. The parts of a pair are done one after the other if not asked for otherwise, or both of one stage: FSDP2
+        keeps one state of where a stage is."""
+        parts = action.flat()
+        if self.pipeline.overlap and len({part.stage for part in parts}) > 1:
+            forward, backward = (partial(self._part, part) for part in parts)
+            together(backward, forward, beside=self._beside)
+        else:
+            for part in parts:
+                self._part(part)
+
+    def _part(self, part: Action) -> None:
+        key = part.stage, part.micro_batch
+        at(micro_batch=part.micro_batch)
+        mark(self.pipeline.ends[part.stage][part.kind not in AT_FIRST], FORWARD if part.kind in ONWARD else BACKWARD)
+        match part.kind:
+            case "F":
+                self._forward(*key)
+            case "B":
+                self._backward(*key)
+            case "I":
+                self._backward_inputs(*key)
+            case "W":
+                self._backward_weights(*key)
+            case "SEND_F":
+                self._send(self._ready.pop(("F", part.stage + 1, part.micro_batch)), part.stage + 1)
+            case "RECV_F":
+                self._receive("F", *key, source=part.stage - 1)
+            case "SEND_B":
+                self._send(self._ready.pop(("B", part.stage - 1, part.micro_batch)), part.stage - 1)
+            case "RECV_B":
+                self._receive("B", *key, source=part.stage + 1)
 
     def finish(self) -> None:
         """Wait until everything sent has arrived."""
+        self._beside.shutdown()
         for _, begun in self._sent:
             begun.wait()
 

@@ -21,6 +21,7 @@ def balance(sequences) -> dict:
     return {"balance": {"sequences": sequences}}
 
 
+OVERLAP = {"overlap_micro_batches": True}
 PHASES = {"steps": None, "phases": [{"steps": 1}, {"steps": 1, "seq_len": 30}]}
 
 
@@ -29,6 +30,7 @@ def test_what_fits():
     check({"capacity": {"sequences": 2}} | balance("step"), cp=2, tp=2)
     check(balance(4), pp=2, dp_shard=2)
     check(balance(2), pp=2)
+    check({}, {"micro_batch": 1}, pp=2, dp_shard=2, ep=2, schedule="dualpipev", **OVERLAP)
     check({}, PHASES, cp=2, tp=2)  # padding may be routed where nothing counts it
 
 
@@ -48,6 +50,8 @@ def test_what_fits():
             {"train": {"global_batch": 24}, "dp_shard": 6},
             r"balance\.sequences 8 and the 12 sequences that are computed at once \(micro_batch 2 x 6 data ranks\): one must divide",
         ),
+        ({}, {"dp_shard": 2, "ep": 2} | OVERLAP, r"overlap_micro_batches .* needs parallel\.pp 1 and parallel\.ep 2 of 2 or more"),
+        ({}, {"pp": 2, "dp_shard": 2, "ep": 2} | OVERLAP, r"overlap_micro_batches: schedule 1f1b has no pairs"),
         ({"capacity": {"sequences": 4}}, {}, r"capacity\.sequences 4 does not divide the 2 sequences of a micro-batch \(phase-0\)"),
         (
             {"capacity": {}, "router": {"bias_rate": 0.1}},

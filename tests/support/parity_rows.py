@@ -121,7 +121,7 @@ FULL, SELECTIVE = ({"train.recompute": kind} for kind in ("full", "selective"))
 CHUNKS = {"parallel.tp_chunks": 3}
 RING, ULYSSES = ({"parallel.cp_kind": kind} for kind in ("ring", "ulysses"))
 GROUPS = "MoE, full groups"
-NODES = {"parallel.ep_kind": "hierarchical"}
+NODES, OVERLAP = {"parallel.ep_kind": "hierarchical"}, {"parallel.overlap_micro_batches": True}
 
 ONE = [
     Row({}, options=FULL, quick="fp64"),
@@ -236,6 +236,8 @@ EXPERT = [
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("1f1b")),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE),
     Row({"pp": 2, "tp": 2, "ep": 2}, "MoE", schedule("1f1b"), quick="short"),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("dualpipev", 2) | ACCUMULATE | OVERLAP, quick="short"),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE | OVERLAP),
 ]
 MIXTURES = [
     Row({}, "balanced MoE", {"train.micro_batch": 8}, quick="fp64"),

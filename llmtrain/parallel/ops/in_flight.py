@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.parallel.hang.where import Begun
 from llmtrain.parallel.ops.pending import Pending, start_gather, start_scatter_sum
+from llmtrain.parallel.turns import hand_over
 
 
 @dataclass
@@ -22,6 +23,8 @@ class InFlight(ABC):
     """
 
     group: dist.ProcessGroup
+    hands_over: bool = field(default=True, kw_only=True)
+    """Whether the other half of a pair of micro-batches may compute while this is under way (`parallel/turns.py`)."""
     _pending: tuple[Pending, Tensor] | None = field(default=None, init=False)
 
     def start(self, rows: Tensor) -> Tensor:
@@ -35,8 +38,11 @@ class InFlight(ABC):
     def launch(self, rows: Tensor, *, backward: bool) -> Tensor:
         """Begin one direction. Keeps hold of what is sent until `finish`."""
         rows = rows.contiguous()
-        self._pending = self.begin(rows, backward=backward), rows
-        return self._pending[0].tensor
+        pending = self.begin(rows, backward=backward)
+        self._pending = pending, rows
+        if self.hands_over:
+            hand_over()
+        return pending.tensor
 
     def finish(self) -> Tensor:
         """Wait for the direction that was begun, and return its buffer."""
