@@ -2,6 +2,7 @@
 
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
+from llmtrain.layout.balance import Groups
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.layout.steps import StepPlan
@@ -21,9 +22,26 @@ def check_parallel(cfg: RunConfig, shape: MeshShape, plan: StepPlan, *, device: 
     if shape.ep > 1 or shape.etp > 1:
         check_ep(cfg.model, ep=shape.ep, etp=shape.etp)
     choices(cfg, shape, device=device)
+    _check_balance(cfg, shape, plan)
     if shape.pp > 1:
         pipeline = PipelinePlan.from_config(cfg)
         for segment in plan.segments:
             pipeline.schedule(segment.batch // (shape.dp * segment.phase.micro_batch))
     elif cfg.parallel.virtual_stages > 1:
         raise UserError(f"parallel.virtual_stages {cfg.parallel.virtual_stages} needs a pipeline: set parallel.pp, or virtual_stages to 1")
+
+
+def _check_balance(cfg: RunConfig, shape: MeshShape, plan: StepPlan) -> None:
+    """Raise UserError, with the arithmetic, unless the groups of sequences over which experts are balanced fit batches and mesh."""
+    balance = cfg.model.ffn.balance if cfg.model.ffn.kind == "moe" else None
+    if balance is None:
+        return
+    for segment in plan.segments:
+        phase = segment.phase
+        groups = Groups.of_step(balance, batch=segment.batch, rows=phase.micro_batch, seq_len=phase.seq_len, ranks=shape.dp)
+        if shape.pp > 1 and groups.window > 1:
+            raise UserError(
+                f"model.ffn.balance.sequences {balance.sequences}: groups of {groups.size} sequences reach over {groups.window} "
+                f"micro-batches of {shape.dp} data ranks x {phase.micro_batch}, which a pipeline differentiates one by one; set at most "
+                f"{shape.dp * phase.micro_batch}, or parallel.pp 1"
+            )

@@ -72,9 +72,9 @@ def permuted(sample: int) -> int:
 
 
 def merge(base: dict, changes: dict) -> dict:
-    """Nested dicts merged, `changes` winning."""
-    both = {key: merge(base[key], value) if isinstance(value, dict) and key in base else value for key, value in changes.items()}
-    return base | both
+    """Nested dicts merged, `changes` winning; latent attention has no option of the other kind."""
+    fresh = [key for key, value in changes.items() if not isinstance(value, dict) or key not in base or value.get("kind") == "mla"]
+    return base | {key: value if key in fresh else merge(base[key], value) for key, value in changes.items()}
 
 
 @contextmanager
