@@ -147,8 +147,9 @@ def _configuration(cfg: RunConfig | None) -> str:
     phases = ", ".join(phase.name or str(i) for i, phase in enumerate(train.phases))
     rows = [
         ("model", f"{model.layers} layers, width {model.hidden}, vocabulary {model.vocab_size or 'of the tokenizer'}"),
-        ("attention", f"{model.attention.heads} heads, {model.kv_heads} key/value heads, head width {model.head_dim}"),
+        ("attention", _attention(model)),
         ("feed-forward", _feed_forward(model)),
+        ("balance of experts", _balance(model)),
         ("multi-token prediction", f"{model.mtp.heads} head(s), loss weight {model.mtp.loss_weight:g}" if model.mtp.heads else ""),
         ("norm, initialisation", f"{model.norm.kind} {model.norm.placement}, {model.init.kind}"),
         ("data", ", ".join(getattr(source, "path", source.label) for source in cfg.data.train)),
@@ -162,10 +163,41 @@ def _configuration(cfg: RunConfig | None) -> str:
     return "## Configuration\n\n" + table(("option", ""), [row for row in rows if row[1]]) + "\n\nEverything: [config.yaml](config.yaml)."
 
 
+def _attention(model: ModelConfig) -> str:
+    a = model.attention
+    if a.kind == "gqa":
+        return f"{a.heads} heads, {model.kv_heads} key/value heads, head width {model.head_dim}"
+    queries = f"queries from {a.query_rank}, " if a.query_rank else ""
+    return (
+        f"{a.heads} latent heads, {queries}keys and values from {a.kv_rank}, head width {a.nope_dim} + {a.rope_dim}, values {a.value_dim}"
+    )
+
+
 def _feed_forward(model: ModelConfig) -> str:
     ffn = model.ffn
-    experts = f"{ffn.experts} experts, {ffn.top_k} per token, width " if ffn.kind == "moe" else ""
-    return f"{experts}{ffn.hidden} ({ffn.activation})"
+    if ffn.kind == "dense":
+        return f"{ffn.hidden} ({ffn.activation})"
+    parts = [f"{ffn.experts} experts, {ffn.top_k} per token by {ffn.router.score}, width {ffn.hidden} ({ffn.activation})"]
+    parts += [f"between projections to {ffn.descend}"] if ffn.descend else []
+    parts += [f"{ffn.shared_experts} shared"] if ffn.shared_experts else []
+    parts += [f"first {ffn.dense_layers} blocks dense, {model.of_block(0).ffn.hidden}"] if ffn.dense_layers else []
+    parts += [f"capacity {ffn.capacity.factor:g}"] if ffn.capacity else []
+    return "; ".join(parts)
+
+
+def _balance(model: ModelConfig) -> str:
+    """How experts are kept evenly used."""
+    if model.ffn.kind == "dense":
+        return ""
+    balance, router = model.ffn.balance, model.ffn.router
+    parts = []
+    if balance is not None:
+        group = {"step": "the step", 1: "each sequence"}.get(balance.sequences, f"{balance.sequences} sequences")
+        parts.append(f"loss {balance.weight:g} over {group}")
+    parts += [f"z-loss {router.z_loss:g}"] if router.z_loss else []
+    parts += [f"bias moved by {router.bias_rate:g}"] if router.bias_rate else []
+    parts += ["tokens dealt out evenly"] if router.force_balance else []
+    return ", ".join(parts) or "nothing"
 
 
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")

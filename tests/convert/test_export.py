@@ -92,7 +92,7 @@ def test_openpangu_names(tmp_path):
         transformers.AutoConfig.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("preset", [name for name, model in PRESETS.items() if model["ffn"].get("kind") != "moe"])
 def test_names_are_invertible(preset):
     cfg = ModelConfig.model_validate({"preset": preset, "layers": 2, "mtp": {"heads": 0}})
     try:

@@ -62,6 +62,7 @@ def test_what_is_cast():
         "attention": {"heads": 4},
         "ffn": {"hidden": 48},
         "position": {"kind": "learned"},
+        "mtp": {"heads": 1},
     }
     cfg = ModelConfig.model_validate(values | {"max_seq_len": 16})
     model = build(cfg, resolve({}, Call(device="cpu", dtype=torch.bfloat16, head_dim=8, heads=4, kv_heads=4)), None)
@@ -73,7 +74,8 @@ def test_what_is_cast():
     tokens = torch.arange(16)[None]
     assert model(tokens, mask=Mask())["logits"].dtype == torch.bfloat16
     hook.remove()
-    model(tokens, mask=Mask(), targets=tokens)["ce_sum"].backward()
+    out = model(tokens, mask=Mask(), targets=tokens, ahead=[(tokens, tokens)])
+    (out["ce_sum"] + out["mtp_ce_sum"]).backward()
     assert seen == [torch.bfloat16, torch.bfloat16]
     assert [name for name, _ in model.named_parameters()] == names
     assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in model.parameters())
