@@ -1,7 +1,5 @@
 """Names and shapes of the parameters that a model section describes, as far as Hugging Face families know them."""
 
-import math
-
 from llmtrain.config.model import ModelConfig
 
 
@@ -23,11 +21,6 @@ def canonical_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(cfg.layers):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(cfg.of_block(layer)).items()}
     return shapes | ({} if cfg.tie_embeddings else {"head.weight": table})
-
-
-def elements(cfg: ModelConfig) -> int:
-    """Numbers in all of `canonical_names`."""
-    return sum(map(math.prod, canonical_shapes(cfg).values()))
 
 
 def _block_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,8 @@ import torch
 from hf_models import OWN, SHAPE, make, ours, save, tokens
 from safetensors.torch import load_file, save_file
 
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import count_parameters
 from llmtrain.convert.export import export_hf
 from llmtrain.convert.hf_read import model_config, model_values, read_config
 from llmtrain.convert.import_hf import load_into, read_weights
@@ -207,6 +209,16 @@ def test_fields_left_out_are_transformers_defaults():
     for family, heads in (("Mixtral", 8), ("Qwen3Moe", 4), ("DeepseekV3", 128)):
         read = model_values(few | {"architectures": [f"{family}ForCausalLM"]})["attention"]
         assert read.get("kv_heads", read["heads"]) == getattr(transformers, f"{family}Config")().num_key_value_heads == heads
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV3"])
+def test_published_sizes_count_as_in_transformers(family):
+    """The defaults of transformers' classes are Mixtral 8x7B, a Qwen3-MoE, and DeepSeek-V3 671B."""
+    config = getattr(transformers, f"{family}Config")()
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    cfg = ModelConfig.model_validate(model_values(config.to_dict() | {"architectures": [f"{family}ForCausalLM"]}))
+    assert count_parameters(cfg)["total"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_both_names_of_the_number_of_experts():
