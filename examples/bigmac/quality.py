@@ -95,7 +95,7 @@ def table(runs: list[dict], counts: dict[str, dict]) -> str:
     ]
     for arm in ARMS:
         mine, losses = [run for run in runs if run["arm"] == arm], final(runs, arm)
-        load, cpu = (statistics.mean(run[key] for run in mine) for key in ("load", "cpu_seconds"))
+        load, cpu = (statistics.median(run[key] for run in mine) for key in ("load", "cpu_seconds"))
         rows.append(
             f"| {arm} | {counts[arm]['total'] / 1e6:.3f} M, {counts[arm]['active'] / 1e6:.3f} M | {', '.join(f'{x:.4f}' for x in losses)} "
             f"| {statistics.mean(losses):.4f} | {max(losses) - min(losses):.4f} | {load:.2f} | {cpu:.0f} s |"

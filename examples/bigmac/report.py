@@ -72,6 +72,17 @@ def training(results: dict) -> str:
     return "\n".join(rows)
 
 
+def parts(results: dict) -> str:
+    """A row per arm: seconds in all-to-alls and outside them."""
+    rows = ["| | no limit: all-to-alls, rest | on the wire above: all-to-alls, rest |", "|---|---|---|"]
+    for top_k in TOP_K:
+        found = results["training"][str(top_k)]
+        for kind in KINDS:
+            pairs = [(median(of[kind], "exchange"), median(of[kind], "step")) for of in (found["sweep"][0], found["paper"])]
+            rows.append(f"| {kind} top-{top_k} | {' | '.join(f'{a:.2f} s, {step - a:.2f} s' for a, step in pairs)} |")
+    return "\n".join(rows)
+
+
 def traffic(results: dict) -> str:
     """A row per arm: bytes of a step over all ranks."""
     rows = [
@@ -182,6 +193,8 @@ load average {before:.1f} before and {after:.1f} after (the job's own {results["
 ## A training step at the paper's share of all-to-alls
 
 {training(results)}
+
+{parts(results)}
 
 ## Bytes of such a step, over all ranks
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,8 +69,8 @@ def closed_form(arm: Arm) -> float:
 
 @pytest.mark.skipif(NO_NETWORK is not None, reason=str(NO_NETWORK))
 def test_ranks_in_namespaces_on_a_limited_wire():
-    rate, before = 40e6, network.run("ip", "netns", "list")
-    with pytest.raises(KeyboardInterrupt), network.Network(2) as wire, Ranks(2, wire) as ranks:
+    rate = 40e6
+    with network.Network(2) as wire, Ranks(2, wire) as ranks:
         ranks.ask("build", size=list(SIZE))
         bench = measure.Bench(ranks, wire, SIZE, say=print)
         free = bench.step(Arm(FINE, 8))
@@ -77,8 +79,30 @@ def test_ranks_in_namespaces_on_a_limited_wire():
         assert step["exchange"] > 8 * step["rows"] / rate
         for one in (free, step):
             assert 0.99 < (one["interface"] - one["others"]) / one["rows"] < 1.05
-        raise KeyboardInterrupt
-    assert network.run("ip", "netns", "list") == before
+
+
+@pytest.mark.skipif(NO_NETWORK is not None, reason=str(NO_NETWORK))
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_when_somebody_ends_it(end, tmp_path):
+    command = [sys.executable, str(EXAMPLE / "run.py"), "--name", str(tmp_path / "x")]
+    env = os.environ | {"PYTHONPATH": str(EXAMPLE.parents[1])}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    name = f"{network.PREFIX}-{process.pid}-1"
+    try:
+        while f"{name}\n" not in namespaces() and process.poll() is None:
+            time.sleep(0.05)
+        ranks = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+        process.send_signal(end)
+        assert process.wait(timeout=60) not in (0, None)
+    finally:
+        process.kill()
+    assert f"{network.PREFIX}-{process.pid}-" not in namespaces()
+    assert not [pid for pid in ranks if Path("/proc", pid).exists()]
+
+
+def namespaces() -> str:
+    """Names, a line each."""
+    return "".join(f"{line.split()[0]}\n" for line in network.run("ip", "netns", "list").splitlines())
 
 
 @pytest.mark.parametrize("missing", ["root", "tools"])
