@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -91,13 +92,11 @@ def hccl_name(group: Any) -> str:
     return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())  # the rank in the world, not in the group
 
 
-def hccl_options(timeout: timedelta, *, buffer_mb: int | None) -> Any:
-    """torch_npu's options of one HCCL group, for that group alone: the back end keeps and changes the object.
+def hccl_options(torch_npu: ModuleType, timeout: timedelta, *, buffer_mb: int | None) -> Any:
+    """The options of the loaded `torch_npu` for one HCCL group, for that group alone: the back end keeps and changes the object.
 
     `timeout` is torch's for its collectives; buffer_mb: HCCL_BUFFSIZE of its communicator, None leaves the environment's.
     """
-    import torch_npu
-
     options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
     options._timeout = timeout
     if buffer_mb is not None:

@@ -63,7 +63,7 @@ class NpuDevice(Accelerator):
 
     def group_options(self, timeout: timedelta, *, buffer_mb: int | None = None) -> Any:
         """buffer_mb: half of what the group holds in device memory; None leaves it to HCCL_BUFFSIZE, which is 200 by default."""
-        return compat.hccl_options(timeout, buffer_mb=buffer_mb)
+        return compat.hccl_options(importlib.import_module("torch_npu"), timeout, buffer_mb=buffer_mb)
 
     def describe(self) -> str:
         return f"{super().describe()}, torch_npu {importlib.metadata.version('torch_npu')}"
