@@ -75,6 +75,7 @@ def train(row: Row, *, moving: str | None = None, folder: str | None = None, ste
     """So many steps; `folder` gets a checkpoint after SAVED of them. The state after all, and what the moves did."""
     run = started(row, moving=moving)
     losses, found = run.steps(SAVED), {}
+    run.engine.evaluate([run.data.batch(0, 2)])  # leaves gathered copies of weights behind
     if moving:
         found["moved"] = moved_home_and_back(run)
     if folder is not None:
