@@ -16,6 +16,7 @@ MODELS = {
     "MTP 2, tied": {"mtp": {"heads": 2}, "tie_embeddings": True},
     "MoE": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}},
     "MoE, 4 layers": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}} | LAYERS_4,
+    "BigMac, shared": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16, "descend": 16, "shared_experts": 1}},
     "MoE, full groups": {
         "ffn": {
             "kind": "moe",
