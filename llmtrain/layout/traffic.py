@@ -46,10 +46,10 @@ def sent(kind: str, size: float, ranks: int) -> float:
 def traffic(cfg: RunConfig, shape: MeshShape, segment: Segment, *, rank: int, scalar: int = 8) -> list[Row]:
     """What global rank `rank` sends in one step of `segment`: rows by axis and kind, only those that occur.
 
-    Axes are those of the mesh, `fsdp` (dp_shard x cp), `efsdp` (what shards experts) and `world`. Tokens are taken to go to all experts
-    alike, and none to be dropped. Validation, checkpoints and the start of a run are not part of a step. A schedule that splits backward
-    passes (zero_bubble, zbv, dualpipev) repeats collectives of tp, cp and ep in the second half; here they count once, so for these it is a
-    lower bound.
+    Axes are those of the mesh, `fsdp` (dp_shard x cp), `efsdp` (what shards experts), `ep_outer` and `ep_inner` (nodes) and `world`. Tokens
+    are taken to go to all experts alike, and none to be dropped. Validation, checkpoints and the start of a run are not part of a step. A schedule that splits
+    backward passes (zero_bubble, zbv, dualpipev) repeats collectives of tp, cp and ep in the second half; here they count once, so for
+    these it is a lower bound.
 
     Args:
         cfg: the run; model.vocab_size is set.
@@ -188,7 +188,7 @@ class _Step:
         self._add("ep_outer", "all_gather", forwards, tokens * k * 8, outer)
         self._add("ep_outer", "reduce_scatter", forwards + times, hidden, outer)
         self._add("ep_outer", "reduce_scatter", times, tokens * k * self.high, outer)
-        # Within the node as many rows as without nodes, since each of them gets its share of the tokens of all.
+        # Within the node all choices of a rank's share of everybody's tokens, which are as many as those of its own.
         self._add("ep_inner", "all_to_all", forwards, 8 * experts // outer, inner)
         self._add("ep_inner", "all_to_all", 2 * (forwards + times), k * hidden, inner)
 

@@ -15,8 +15,7 @@ class Block(nn.Module):
     """Attention and feed-forward branches, each added to the residual stream [B,S,D].
 
     pre: h + F(norm(h)); sandwich: h + norm(F(norm(h))), the post norm standing on the branch before the residual add
-    (Pangu Ultra, arXiv 2504.07866). What comes before and after the attention op are methods of their own: torch.compile
-    takes them whole, and a schedule can interleave two micro-batches.
+    (Pangu Ultra, arXiv 2504.07866). What comes before and after the attention op are methods of their own: torch.compile takes them whole.
     """
 
     def __init__(self, cfg: ModelConfig, *, ops):

@@ -139,9 +139,8 @@ class Experts(nn.Module):
 class RoutedExperts:
     """Called with x [N,D], probs [N,k], ids [N,k] -> [N,D]: sum over k of probs * expert(x).
 
-    `meanwhile`, if given, is called while rows travel; an implementation may also leave it alone. A schedule that interleaves two
-    micro-batches calls `dispatcher` and `experts` itself instead. A fused implementation is another callable of the same arguments. Not a
-    module: the layer that has it owns the experts.
+    `meanwhile`, if given, is called while rows travel; an implementation may also leave it alone. A fused implementation is another
+    callable of the same arguments. Not a module: the layer that has it owns the experts.
     """
 
     def __init__(self, experts: nn.Module, dispatcher: Dispatcher):

@@ -106,7 +106,8 @@ def table() -> str:
 
 def pictures() -> list[str]:
     sizes = [("1f1b", 4, 1, 6), ("interleaved", 3, 2, 3), ("zero_bubble", 4, 1, 6), ("zbv", 3, 2, 5), ("dualpipev", 2, 2, 4)]
-    return [draw(build(kind, ranks=p, virtual_stages=v, micro_batches=n)) for kind, p, v, n in sizes]
+    shown = [draw(build(kind, ranks=p, virtual_stages=v, micro_batches=n)) for kind, p, v, n in sizes]
+    return [*shown, draw(build("interleaved", ranks=2, virtual_stages=2, micro_batches=4, pairs=True))]
 
 
 def test_docs_show_what_the_code_gives():

@@ -33,6 +33,7 @@ MODELS = {
         "mtp": {"heads": 1},
     },
     "BigMac": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 32, "descend": 8, "activation": "gelu", "bias": True}},
+    "BigMac, shared": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16, "descend": 16, "shared_experts": 1}},
     "MoE, full groups": {
         "ffn": {
             "kind": "moe",

@@ -16,9 +16,10 @@ MESHES = {
     "tp, GPT": (Row({"tp": 2}, "GPT", {"parallel.tp_kind": "mc2"}), PAIR),
     "ep": (Row({"dp_shard": 2, "ep": 2}, "MoE", {"parallel.ep_kind": "fused"}), EXCHANGE),
     "ep, full": (Row({"dp_shard": 2, "ep": 2}, "MoE", {"parallel.ep_kind": "fused", "train.recompute": "full"}), EXCHANGE),
+    "ep, shared": (Row({"dp_shard": 2, "ep": 2}, "BigMac, shared", {"parallel.ep_kind": "fused"}), EXCHANGE),
     "ep over tp": (Row({"tp": 2, "ep": 2}, "MoE", {"parallel.ep_kind": "fused", "parallel.tp_kind": "mc2"}), PAIR + EXCHANGE),
 }
-GRADIENTS = {"GQA": 1e-9, "GPT": 1e-9, "MoE": 1e-6}
+GRADIENTS = {"GQA": 1e-9, "GPT": 1e-9, "MoE": 1e-6, "BigMac, shared": 1e-6}
 """The formula behind npu_grouped_matmul, which gives the experts' weights their gradients, rounds to float32."""
 IN_FLOAT32 = ("tp", "ep")
 NUDGES = (0, 1)
@@ -34,7 +35,7 @@ def npu(npu_world):
 @pytest.fixture(scope="module")
 def cpu(npu_world):
     """One CPU process, by (model, kind of run)."""
-    scenarios = {(model, "fp64"): Row({}, model).scenario("fp64", **STOP) for model in ("GQA", "GPT", "MoE")}
+    scenarios = {(model, "fp64"): Row({}, model).scenario("fp64", **STOP) for model in GRADIENTS}
     for model in ("GQA", "MoE"):
         scenarios[model, "fp32"] = Row({}, model).scenario("fp32", **STOP)
         scenarios |= {(model, seed): Row({}, model).scenario("fp32", nudged=seed, **STOP) for seed in NUDGES}
