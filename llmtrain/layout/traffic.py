@@ -47,9 +47,9 @@ def traffic(cfg: RunConfig, shape: MeshShape, segment: Segment, *, rank: int, sc
     """What global rank `rank` sends in one step of `segment`: rows by axis and kind, only those that occur.
 
     Axes are those of the mesh, `fsdp` (dp_shard x cp), `efsdp` (what shards experts), `ep_outer` and `ep_inner` (nodes) and `world`. Tokens
-    are taken to go to all experts alike, and none to be dropped. Validation, checkpoints and the start of a run are not part of a step. A schedule that splits
-    backward passes (zero_bubble, zbv, dualpipev) repeats collectives of tp, cp and ep in the second half; here they count once, so for
-    these it is a lower bound.
+    are taken to go to all experts alike, and none to be dropped. Validation, checkpoints and the start of a run are not part of a step. A
+    schedule that splits backward passes (zero_bubble, zbv, dualpipev) repeats collectives of tp, cp and ep in the second half; here they
+    count once, so for these it is a lower bound.
 
     Args:
         cfg: the run; model.vocab_size is set.
