@@ -12,13 +12,15 @@ from llmtrain.parallel.blocks import all_blocks
 
 
 def apply_cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let every block of `model` compute with copies of its parameters in `dtype`, in place; names do not change.
+    """Let every block of `model`, and the projections of its multi-token-prediction heads, compute with copies of their parameters in
+    `dtype`, in place; names do not change.
 
     Embeddings are cast after the lookup, and norms and head bring their own weights to what they are given, so no copy of the largest
     gradients is made. Gradients come out in the parameters' dtype.
     """
-    for block in all_blocks(model):
-        block.forward = partial(_with_cast, block, block.forward, dtype)
+    projections = [head.proj for head in getattr(model, "mtp", None) or ()]
+    for module in [*all_blocks(model), *projections]:
+        module.forward = partial(_with_cast, module, module.forward, dtype)
     for embedding in (model.embedding, getattr(model, "position_embedding", None)):
         if embedding is not None:
             embedding.forward = partial(_cast_after, embedding.forward, dtype)

@@ -13,10 +13,12 @@ ONE = {
     "bf16, recompute selective": {"changes": merge(BF16, {"train": {"recompute": "selective"}})},
     "bf16, compiled": {"changes": merge(BF16, {"train": {"compile": "on"}})},
     "bf16, tied": {"changes": merge(BF16, {"model": {"tie_embeddings": True}})},
+    "bf16, mtp": {"changes": merge(BF16, {"model": {"mtp": {"heads": 1}}})},
     "fp16": {"changes": FP16},
 }
 TWO = {
     "bf16, shard 2": {"changes": merge(BF16, {"parallel": {"dp_shard": 2}})},
+    "bf16, mtp, shard 2": {"changes": merge(BF16, {"parallel": {"dp_shard": 2}, "model": {"mtp": {"heads": 1}}})},
     "bf16, tied, shard 2": {"changes": merge(BF16, {"parallel": {"dp_shard": 2}, "model": {"tie_embeddings": True}})},
 }
 
@@ -36,7 +38,15 @@ def test_recomputed_blocks_cast_as_the_first_time(runs, name):
     assert gradient_difference(runs[name], runs["bf16"]) == 0
 
 
-@pytest.mark.parametrize(("name", "one"), [("bf16, shard 2", "bf16"), ("bf16, tied, shard 2", "bf16, tied"), ("bf16, compiled", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [
+        ("bf16, shard 2", "bf16"),
+        ("bf16, tied, shard 2", "bf16, tied"),
+        ("bf16, mtp, shard 2", "bf16, mtp"),
+        ("bf16, compiled", "bf16"),
+    ],
+)
 def test_several_ranks_and_compiled_blocks_round_alike(runs, name, one):
     rounding = loss_difference(runs["bf16"], runs["fp32"])
     assert 1e-6 < rounding < 0.02
