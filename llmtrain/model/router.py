@@ -79,7 +79,7 @@ class Router(nn.Module):
     def usage(self, choice: Choice, ids: Tensor, rows: int, *, losses: bool) -> Usage:
         """`choice` summed up over the tokens of each of `rows` rows; `ids` [N,k] are those that were sent, the number of experts for none.
         `losses` asks for what has a gradient too."""
-        experts, wanted = choice.scores.shape[-1], choice.ids.view(rows, -1)
+        experts, wanted = choice.scores.shape[-1], choice.ids.reshape(rows, -1)
         counts = torch.zeros(rows, experts, dtype=torch.int64, device=ids.device).scatter_add_(1, wanted, torch.ones_like(wanted))
         dropped = (ids == experts).sum()
         if not losses:

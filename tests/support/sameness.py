@@ -72,9 +72,15 @@ def permuted(sample: int) -> int:
 
 
 def merge(base: dict, changes: dict) -> dict:
-    """Nested dicts merged, `changes` winning."""
-    both = {key: merge(base[key], value) if isinstance(value, dict) and key in base else value for key, value in changes.items()}
-    return base | both
+    """Nested dicts merged, `changes` winning; another `kind` starts afresh."""
+
+    def one(key: str, value):
+        under = base.get(key)
+        if not isinstance(value, dict) or under is None or value.get("kind", under.get("kind")) != under.get("kind"):
+            return value
+        return merge(under, value)
+
+    return base | {key: one(key, value) for key, value in changes.items()}
 
 
 @contextmanager
