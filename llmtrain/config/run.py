@@ -9,6 +9,7 @@ from llmtrain.config import shortforms
 from llmtrain.config import train as t
 from llmtrain.config.base import Section
 from llmtrain.config.data import DataConfig, TokenizerConfig
+from llmtrain.config.memory import check_memory
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.pretrained import expand_run
 
@@ -83,4 +84,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"sequences of {longest} tokens exceed model.max_seq_len {self.model.max_seq_len}, the number of learned positions"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_spared_once(self) -> "RunConfig":
+        check_memory(self)
         return self

@@ -68,7 +68,8 @@ class _Step:
         self.local = ceil(ceil(phase.seq_len / shape.cp) / shape.tp)  # s
         self.e = BYTES[cfg.precision.compute]
         self.high = max(4, self.e)  # of softmax, routing, and the sums of the ring
-        self.forwards = 1 if cfg.train.recompute == "none" else 2  # selective repeats collectives as well
+        self.forwards = 2 if cfg.train.recompute in ("selective", "full") else 1  # selective repeats collectives as well
+        self.sends = self.forwards + ("permute" in cfg.train.recompute)  # of rows to their experts
         self._found: dict[tuple[str, str], list[float]] = {}
 
     def rows(self) -> list[Row]:
@@ -128,16 +129,16 @@ class _Step:
         if self.model.ffn.kind != "moe":
             return
         tokens, k, etp, ep = self.batch * self.local, self.model.ffn.top_k, self.shape.etp, self.shape.ep
-        hidden, forwards = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.forwards
+        hidden, sends = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.sends
         # The width of experts is split: tokens, probabilities and numbers of experts are gathered, results scattered.
-        self._add("tp", "all_gather", forwards + times, hidden, etp)
-        self._add("tp", "all_gather", forwards, tokens * k * self.high, etp)
-        self._add("tp", "all_gather", forwards, tokens * k * 8, etp)
-        self._add("tp", "reduce_scatter", forwards + times, hidden, etp)
+        self._add("tp", "all_gather", sends + times, hidden, etp)
+        self._add("tp", "all_gather", sends, tokens * k * self.high, etp)
+        self._add("tp", "all_gather", sends, tokens * k * 8, etp)
+        self._add("tp", "reduce_scatter", times * (self.forwards + 1), hidden, etp)
         self._add("tp", "reduce_scatter", times, tokens * k * self.high, etp)
         # Rows to the experts and back, and how many there are.
-        self._add("ep", "all_to_all", forwards, 8 * self.model.ffn.experts, ep)
-        self._add("ep", "all_to_all", 2 * (forwards + times), etp * k * hidden, ep)
+        self._add("ep", "all_to_all", sends, 8 * self.model.ffn.experts, ep)
+        self._add("ep", "all_to_all", sends + times * (self.forwards + 2), etp * k * hidden, ep)
 
     def _context(self, times: int) -> None:
         n, d, tp = self.shape.cp, self.model.head_dim, self.shape.tp

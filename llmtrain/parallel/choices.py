@@ -34,7 +34,7 @@ def choices(cfg: RunConfig, shape: MeshShape, *, device: str, hardware: str | No
         sums = lengths_of_sums(cfg.model, shape.tp)
         tp = choose_implementation(parallel.tp_kind, Demand(device, shape.tp, sums, dtype, hardware))
     if shape.ep > 1:
-        ep = choose_ep(parallel.ep_kind, _exchange(cfg, shape, device=device, hardware=hardware), cfg.model.ffn)
+        ep = choose_ep(parallel.ep_kind, _exchange(cfg, shape, device=device, hardware=hardware), cfg.model.ffn, cfg.train)
     return Choices(tp, ep)
 
 

@@ -20,6 +20,7 @@ GPT = {
     "attention": {"qkv_bias": True, "out_bias": True},
 }
 FULL = {"train": {"recompute": "full"}}
+PERMUTE = {"train": {"recompute": ["permute", "norms"], "offload": ["expert_output"]}}
 ONES = {"train": {"micro_batch": 1}}
 TIED = {"model": {"tie_embeddings": True}}
 
@@ -46,6 +47,8 @@ TWO = {
     "cp2, ulysses, selective": on({"train": {"recompute": "selective"}}, cp=2, cp_kind="ulysses"),
     "ep2, full": on(MOE, FULL, dp_shard=2, ep=2),
     "etp2": on(MOE, tp=2, etp=2),
+    "ep2, permute": on(MOE, PERMUTE, dp_shard=2, ep=2),
+    "etp2, permute": on(MOE, PERMUTE, tp=2, etp=2),
 }
 FOUR = {
     "tp2 dp2, full, bf16": on(FULL, ONES, {"precision": "bf16"}, tp=2, dp_shard=2),

@@ -54,6 +54,7 @@ hold 2 rows unless it says otherwise: a pipeline without data parallelism sees 4
 | tied | head and token embedding are one parameter |
 | MTP | heads of multi-token prediction, 1 or 2 |
 | MoE | 4 experts in each layer, each token goes to 2 |
+| latent MoE | the same with a shared expert, and latent attention |
 | GPT | learned positions, LayerNorm before each branch, GELU, biases |
 
 {table}
