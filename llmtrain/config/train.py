@@ -28,6 +28,8 @@ class OptimConfig(Section):
     """Parameters without weight decay, as shell patterns over canonical names (Pangu Ultra decays its norms)."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global norm; None does not clip."""
+    offload: bool = False
+    """Keep the moments in the host's memory; a step brings them to the device a sixteenth at a time."""
 
 
 class ScheduleConfig(Section):

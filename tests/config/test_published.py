@@ -81,6 +81,16 @@ def test_memory_of_a_shard():
     assert eight["optimizer moments"] == 2 * eight["parameters"]
 
 
+def test_memory_on_the_host_is_no_part_of_a_devices():
+    words = ["--model", "llama3_8b", "--optim.offload", "--train.offload", "[block_input]"]
+    plain, away = (memory_estimate(load(None, given).run, 1) for given in (words[:2], words))
+    total = "total without activations inside blocks"
+    assert away["moments on the host"] == plain["optimizer moments"] and away["optimizer moments"] == plain["optimizer moments"] * 3 / 16
+    assert away["block inputs on the host"] == plain["block inputs"] and away["block inputs"] == plain["block inputs"] * 2 / 32
+    freed = plain["optimizer moments"] * 13 / 16 + plain["block inputs"] * 30 / 32
+    assert plain[total] - away[total] == pytest.approx(freed) and list(plain)[-1] == total
+
+
 def test_sixteen_bit_sums_are_labelled():
     assert mesh_dependent(load(None, []).run) == {}
     assert list(mesh_dependent(load(None, ["--precision.reduce", "bf16"]).run)) == ["precision.reduce"]

@@ -96,7 +96,7 @@ ACCUMULATE = {"train.micro_batch": 1}
 FULL, SELECTIVE = ({"train.recompute": kind} for kind in ("full", "selective"))
 CHUNKS = {"parallel.tp_chunks": 3}
 NAMED = {"train.recompute": ["mla_up", "norms", "activation", "permute"]}
-AWAY = {"train.offload": ["block_input", "expert_output"]}
+AWAY = {"train.offload": ["block_input", "expert_output"], "optim.offload": True}
 RING, ULYSSES = ({"parallel.cp_kind": kind} for kind in ("ring", "ulysses"))
 
 ONE = [
