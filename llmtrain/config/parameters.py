@@ -1,9 +1,9 @@
 """What a model costs, in closed form: parameters by part, FLOPs per token, bytes per rank. Needs no torch."""
 
 from llmtrain.config.errors import ConfigError
-from llmtrain.config.memory import MOMENT_SLICES
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
+from llmtrain.config.sparing import MOMENT_SLICES
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 

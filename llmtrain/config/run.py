@@ -9,9 +9,9 @@ from llmtrain.config import shortforms
 from llmtrain.config import train as t
 from llmtrain.config.base import Section
 from llmtrain.config.data import DataConfig, TokenizerConfig
-from llmtrain.config.memory import check_memory
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.pretrained import expand_run
+from llmtrain.config.sparing import check_memory
 
 
 class RunConfig(Section):

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from llmtrain.config import shortforms
 from llmtrain.config.base import Section
-from llmtrain.config.memory import Offloaded, Recomputed
+from llmtrain.config.sparing import Offloaded, Recomputed
 
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
 

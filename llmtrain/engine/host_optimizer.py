@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config.memory import MOMENT_SLICES
+from llmtrain.config.sparing import MOMENT_SLICES
 from llmtrain.config.train import OptimConfig
 from llmtrain.device.host_copies import Copy, HostCopies
 from llmtrain.engine.local_optimizer import is_decayed

@@ -12,7 +12,7 @@ from llmtrain.parallel.blocks import all_blocks
 
 
 def apply_cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let every block of `model`, and the projections of its multi-token-prediction heads, compute with copies of their parameters in
+    """Let every block of `model`, and the projections before those of multi-token prediction, compute with copies of its parameters in
     `dtype`, in place; names do not change.
 
     Embeddings are cast after the lookup, and norms and head bring their own weights to what they are given, so no copy of the largest

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from llmtrain.compat import memory_of
-from llmtrain.config.memory import MOMENT_SLICES
+from llmtrain.config.sparing import MOMENT_SLICES
 from llmtrain.config.train import OptimConfig
 from llmtrain.device.host_copies import HostCopies
 from llmtrain.engine.host_optimizer import UNIT, HostOptimizer
