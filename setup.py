@@ -1,9 +1,14 @@
 """llmtrain's packages and extras. `kernels/` is imported as `llmtrain_kernels`."""
 
+import os
+
 from setuptools import find_packages, setup
 
 packages = find_packages(include=["llmtrain", "llmtrain.*"])
 kernel_packages = ["llmtrain_kernels"] + [f"llmtrain_kernels.{name}" for name in find_packages("kernels")]
+
+# Newer versions of torch are untried (docs/torch-versions.md). `make test-torch` tries one: it sets the variable.
+torch = "torch>=2.10" if os.environ.get("LLMTRAIN_ANY_TORCH") else "torch>=2.10,<2.15"
 
 setup(
     name="llmtrain",
@@ -15,7 +20,7 @@ setup(
     package_dir={"llmtrain_kernels": "kernels"},
     package_data={"llmtrain": ["hardware/*.yaml"]},
     install_requires=[
-        "torch>=2.10",
+        torch,
         "numpy",
         "pydantic>=2.7",
         "pyyaml",

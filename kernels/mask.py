@@ -1,8 +1,11 @@
 """Which keys a query sees, described without a tensor."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 Documents = tuple[tuple[int, ...], ...]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,25 @@ class Mask:
     documents: Documents | None = None
     window: int | None = None
 
+    def once(self, name: Hashable, make: Callable[["Mask"], Made]) -> Made:
+        """`make(self)`, made at the first call under this name and kept with this object.
+
+        A micro-batch has one mask for all its layers and pipeline stages: what a back end works out of it need not be made for each.
+        """
+        kept = self.__dict__.setdefault("_kept", {})
+        if name not in kept:
+            kept[name] = make(self)
+        return kept[name]
+
+    def windowed(self, window: int) -> "Mask":
+        """This mask with a window; the same object every time."""
+        return self.once(("window", window), lambda mask: replace(mask, window=window))
+
     def check(self, *, rows: int, end: int) -> None:
         """Raise ValueError unless this mask fits a call of `rows` batch rows whose positions stop before `end`."""
+        self.once(("fits", rows, end), lambda mask: mask._check(rows, end))
+
+    def _check(self, rows: int, end: int) -> None:
         if self.window is not None and (self.window < 1 or not self.causal):
             raise ValueError(f"mask.window={self.window}, causal={self.causal}: a window is at least 1 and needs causal=True")
         if self.documents is None:

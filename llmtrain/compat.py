@@ -1,7 +1,8 @@
 """The one place for names of torch that are private or not in every supported version."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,30 @@ def fsdp_sum_gradients(module: nn.Module) -> None:
         if isinstance(part, FSDPModule):
             _call(part, ("set_gradient_divide_factor", "set_reduce_scatter_divide_factor"), 1.0)
             _call(part, ("set_force_sum_reduction_for_comms",), True, required=False)
+
+
+def watch_fsdp_collectives(module: nn.Module, around: Callable[[str, Any], Any], summed: Callable[[], None] | None = None) -> None:
+    """Have the FSDP2 module `module` gather and scatter inside the context `around(op, group)`, and call `summed` behind each of its
+    all-reduces (of replicas). Nothing where this torch has no such pieces."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+    except ImportError:
+        return
+
+    class Gather(DefaultAllGather):
+        def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, *args: Any, **options: Any) -> Any:
+            with around("all_gather", group):
+                return super().__call__(output_tensor, input_tensor, group, *args, **options)
+
+    class Scatter(DefaultReduceScatter):
+        def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, *args: Any, **options: Any) -> Any:
+            with around("reduce_scatter", group):
+                return super().__call__(output_tensor, input_tensor, group, *args, **options)
+
+    module.set_custom_all_gather(Gather())
+    module.set_custom_reduce_scatter(Scatter())
+    if summed is not None:
+        module.set_all_reduce_hook(lambda _: summed())
 
 
 def record_memory_history(module: Any, *, entries: int | None) -> None:
@@ -66,9 +91,23 @@ def hccl_name(group: Any) -> str:
     return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())  # the rank in the world, not in the group
 
 
-def flatten_mesh(mesh: Any, name: str) -> Any:
-    """The DeviceMesh `mesh` as one axis of that name, with its groups made now."""
-    return mesh._flatten(name)
+def hccl_options(timeout: timedelta, *, buffer_mb: int | None) -> Any:
+    """torch_npu's options of one HCCL group, for that group alone: the back end keeps and changes the object.
+
+    `timeout` is torch's for its collectives; buffer_mb: HCCL_BUFFSIZE of its communicator, None leaves the environment's.
+    """
+    import torch_npu
+
+    options = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
+    options._timeout = timeout
+    if buffer_mb is not None:
+        options.hccl_config = {"hccl_buffer_size": buffer_mb}
+    return options
+
+
+def flatten_mesh(mesh: Any, name: str, options: Any = None) -> Any:
+    """The DeviceMesh `mesh` as one axis of that name, with its groups made now, of `options` if given."""
+    return mesh._flatten(name, backend_override=options)
 
 
 def concatenate_meshes(*meshes: Any) -> Any:
@@ -134,10 +173,8 @@ def split_backward() -> tuple[Any, Any] | None:
 def limit_collectives(seconds: float) -> None:
     """Let every process group made so far fail a collective after `seconds`. torch gives groups other than the first limits of their own.
 
-    Back ends that cannot be told (hccl) keep what they have.
+    Back ends that cannot be told (hccl) keep what their options said (`hccl_options`).
     """
-    from datetime import timedelta
-
     import torch
     from torch.distributed.distributed_c10d import _world
 
@@ -181,8 +218,6 @@ def own_store(timeout: float) -> Any:
 
     None where this torch cannot make one.
     """
-    from datetime import timedelta
-
     from torch.distributed.distributed_c10d import _get_default_store
 
     store = _get_default_store()

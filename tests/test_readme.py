@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from documented import understand, words_of
+
+from llmtrain.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
@@ -39,14 +42,6 @@ def indented(page: Path) -> list[str]:
 
 
 README = blocks(PAGES[0])
-
-
-def words_of(command: str) -> list[str] | None:
-    """The words after `llmtrain` of a command, None if it starts something else."""
-    words = shlex.split(command)
-    if words[0] == "torchrun":
-        return words[words.index("llmtrain") + 1 :]
-    return words[1:] if words[0].removeprefix(".venv/bin/") == "llmtrain" else None
 
 
 def elsewhere(command: str) -> bool:
@@ -171,27 +166,15 @@ def page_commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "command"), page_commands())
 def test_a_documented_command_is_understood(page, command):
-    verb, *words = words_of(command)
-    words = shlex.split(" ".join(map(shlex.quote, words)).split("'>'")[0])  # without a redirection
-    understand(verb, [str(ROOT / w) if w.startswith(("configs/", "examples/")) else w for w in words])
+    understand(command)
 
 
-def understand(verb: str, words: list[str]) -> None:
-    """Parse as the verb would; SystemExit or UserError if it cannot."""
-    from llmtrain.tools import data, generate
-
-    if verb == "data":
-        data.parser().parse_args(words)
-    elif verb == "generate":
-        generate._parse(words)
-    elif verb == "train" or (verb, *words[:1]) == ("config", "show"):
-        from llmtrain.config.arguments import parse_run_arguments
-
-        if "--presets" not in words:
-            parse_run_arguments(words if verb == "train" else words[1:])
-    else:
-        done = llmtrain(ROOT, [verb, *words, "-h"])
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    "command", ["doctor --rank 2 --no", "selftest --only", "compare -c configs/quickstart.yaml --a devise=cpu", "launch slurm -c x --nodez"]
+)
+def test_a_wrong_word_is_not_understood(command):
+    with pytest.raises((SystemExit, UserError)):
+        understand(f"llmtrain {command}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -47,6 +47,8 @@ class MLAConfig(Section):
     """Width of one head's values."""
     softmax_scale: PositiveFloat | None = None
     """What scores are multiplied by; 1 / sqrt(nope_dim + rope_dim) if not given."""
+    norm_eps: PositiveFloat | None = None
+    """Added to the variance in the norms of the narrow vectors; norm.eps if not given (DeepSeek-V3: 1e-6 whatever norm.eps is)."""
     window: PositiveInt | None = None
     """Sliding window, as in gqa."""
 

@@ -62,7 +62,7 @@ class CapacityConfig(Section):
     factor: PositiveFloat = 1.25
     """1 is the even share."""
     sequences: PositiveInt = 1
-    """Size of a group. Of its tokens an expert takes those with the highest probability."""
+    """Size of a group, a divisor of train.micro_batch. Of its tokens an expert takes those with the highest probability."""
 
 
 class MoEConfig(Section):

@@ -108,7 +108,8 @@ class ModelConfig(Section):
     """Name of a published model (`llmtrain config show --presets` lists them); keys beside it override its values."""
     pretrained: str | None = None
     """Start from this model's weights and shape: a Hugging Face folder, or a run folder or checkpoint of llmtrain. A run that resumes does
-    not read it. Keys beside it must agree with it, but for `init`, `max_seq_len`, `position.base`, `position.scaling` and norm.c_*."""
+    not read it. Keys beside it must agree with it, but for `init`, `max_seq_len`, `position.base`, `position.scaling`, norm.c_*, and how
+    experts are trained (`ffn.balance`, `ffn.capacity`, a bias in routers and its rate, z_loss)."""
     family: str = "transformer"
     """Model family; `transformer` is built in, a plugin may register others."""
     vocab_size: PositiveInt | None = None

@@ -1,9 +1,7 @@
-"""What a model costs, in closed form: parameters by part, FLOPs per token, bytes per rank. Needs no torch."""
+"""What a model costs, in closed form: parameters by part, FLOPs per token. Needs no torch."""
 
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.run import RunConfig
-from llmtrain.config.sparing import MOMENT_SLICES
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -172,45 +170,3 @@ def loss_rows(vocab_size: int, loss_chunk: int | None) -> int:
         return loss_chunk
     fitting = (2**25 - 1) // (4 * vocab_size)
     return min(1024, max(256, 1 << max(0, fitting.bit_length() - 1)))
-
-
-def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
-    """Bytes on one rank by part, in closed form; a lower bound, as the activations inside a block depend on kernels and recomputation.
-
-    What optim.offload and train.offload keep on the host comes after the total, of which it is no part.
-
-    Args:
-        run: the run; parameters, gradients and moments are divided over dp_shard x cp x tp x pp.
-        world: number of ranks, from which dp_shard -1 follows.
-    """
-    p, model, train = run.parallel, run.model, run.train
-    shard = p.dp_shard if p.dp_shard != -1 else max(1, world // (p.pp * p.dp_replicate * p.cp * p.tp))
-    counts, split = count_parameters(model), shard * p.cp * p.tp * p.pp
-    largest = max(_block_held(run), (counts["head"] or counts["embedding"]) / p.tp)
-    compute, seq_len = BYTES[run.precision.compute], max([x.seq_len or train.seq_len for x in train.phases] or [train.seq_len])
-    moments = 2 * counts["total"] * BYTES[run.precision.optimizer] / split
-    inputs = model.layers / p.pp * train.micro_batch * seq_len / p.cp * model.hidden * compute
-    there = {
-        "moments on the host": moments if run.optim.offload else 0.0,
-        "block inputs on the host": inputs if "block_input" in train.offload else 0.0,
-    }
-    parts = {
-        "parameters": counts["total"] * BYTES[run.precision.params] / split,
-        "gradients": counts["total"] * BYTES[run.precision.accumulate] / split,
-        "optimizer moments": moments * (3 / MOMENT_SLICES if run.optim.offload else 1),
-        "gathered layers": 2 * largest * compute if shard * p.cp > 1 else 0.0,
-        "logits of one chunk": 2 * loss_rows(model.vocab_size, train.loss_chunk) * model.vocab_size * 4 / p.tp,
-        "block inputs": inputs * (min(1.0, 2 * p.pp / model.layers) if "block_input" in train.offload else 1),
-    }
-    total = {"total without activations inside blocks": sum(parts.values())}
-    return parts | total | {part: size for part, size in there.items() if size}
-
-
-def _block_held(run: RunConfig) -> float:
-    """Parameters of one block that a rank computes with: tp shares attention and dense branch, ep (and etp) the experts."""
-    p, model = run.parallel, run.model
-    attention = attention_parameters(model) / p.tp
-    if model.ffn.kind != "moe":
-        return attention + ffn_parameters(model) / p.tp
-    experts = model.ffn.experts * expert_parameters(model)
-    return attention + ffn_parameters(model) - experts + experts / (p.ep * p.etp)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # What may differ from the stored model: where it starts does not matter any more, and RoPE is stretched on purpose.
 _FREE = ("preset", "pretrained", "init", "max_seq_len", "norm.c_attention", "norm.c_ffn", "position.base", "position.scaling")
+# How experts are trained, which no weight depends on.
+_FREE += ("ffn.balance", "ffn.capacity", "ffn.router.z_loss", "ffn.router.force_balance", "mtp.loss_weight")
 _SANDWICHES = ("sandwich", "depth_scaled_sandwich")
 
 
@@ -103,18 +105,25 @@ def conflicts(cfg: "ModelConfig") -> list[str]:
         f"{name} {_shown(mine)} conflicts with pretrained {cfg.pretrained}, which has {_shown(theirs)}; leave {name} out"
         for name, mine, theirs in differing
         if not (name == "norm.placement" and {mine, theirs} <= set(_SANDWICHES))
+        # A bias may be added, and begins at zero; taking one away would send tokens to other experts.
+        and not (name == "ffn.router.bias_rate" and mine is not None)
     ]
 
 
 def departures(cfg: "ModelConfig") -> list[str]:
     """Where `cfg` departs from the model of `cfg.pretrained` as it may, initialisation aside: one `name value (pretrained: value)` each."""
-    spoken = ("max_seq_len", "position")
+    spoken = ("max_seq_len", "position", "ffn")
     return [f"{n} {_shown(mine)} (pretrained: {_shown(theirs)})" for n, mine, theirs in _differences(cfg) if n.startswith(spoken)]
+
+
+def stored_model(cfg: "ModelConfig") -> "ModelConfig":
+    """The model of `cfg.pretrained` as it is stored."""
+    return type(cfg).model_validate(pretrained_values(cfg.pretrained))
 
 
 def _differences(cfg: "ModelConfig") -> list[tuple[str, Any, Any]]:
     """(dotted name, value, value of the pretrained model) of everything that differs."""
-    stored = type(cfg).model_validate(pretrained_values(cfg.pretrained))
+    stored = stored_model(cfg)
     mine, theirs = (_leaves(model.model_dump(mode="json")) for model in (cfg, stored))
     # Numbers that follow from others count as what they amount to.
     for leaves, model in ((mine, cfg), (theirs, stored)):

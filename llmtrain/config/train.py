@@ -132,6 +132,17 @@ class TrainConfig(Section):
         return self
 
 
+class ExpertPlacementConfig(Section):
+    """Which rank of ep holds which experts, by how many tokens these get: checked now and then, and changed where that helps."""
+
+    every: PositiveInt = 50
+    """Steps between checks."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """How much of the average of an expert's tokens stays when a step is added; 0 looks at the last step alone."""
+    gain: NonNegativeFloat = 0.08
+    """Experts of a layer move if the coefficient of variation (std / mean) of its ranks' tokens falls by at least this much."""
+
+
 class ParallelConfig(Section):
     """The mesh: how many ranks along each axis."""
 
@@ -154,15 +165,25 @@ class ParallelConfig(Section):
     tp_kind: Literal["auto", "chunked", "symm_mem", "mc2"] = "auto"
     """How activations are sent beside the products of tp: in tp_chunks, by torch's kernels over symmetric memory (CUDA alone), or by
     torch_npu's operators (NPU alone); `auto` is mc2 on an NPU where that can serve, else chunked."""
-    ep_kind: Literal["auto", "all_to_all", "fused"] = "auto"
-    """How tokens reach the experts of other ranks: by all-to-alls, or by torch_npu's operators that join these with the experts' products
-    (Atlas A3 alone); `auto` is fused where that can serve, else all_to_all."""
+    ep_kind: Literal["auto", "all_to_all", "hierarchical", "fused"] = "auto"
+    """How tokens reach the experts of other ranks: by all-to-alls; once to each other node and from there by all-to-alls within it
+    (`ep_inner`); or by torch_npu's operators that join all-to-alls with the experts' products (Atlas A3 alone). `auto` is fused where that
+    can serve, else all_to_all."""
+    ep_inner: PositiveInt | None = None
+    """Ranks of ep that are taken to be of one node by ep_kind hierarchical; if not given, tp where experts are laid over it, else those
+    that the launcher started on a node."""
+    expert_placement: ExpertPlacementConfig | None = None
+    """Move experts between the ranks of ep so that all get about as many tokens; if not given, each rank keeps those that follow each
+    other."""
     cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     """How the ranks of cp attend to each other's keys: gather all of them, pass them round a ring, or exchange sequence for heads."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"] = "auto"
     """Order of the micro-batches in a pipeline; `auto` is 1f1b, or interleaved with several virtual stages."""
     virtual_stages: PositiveInt = 1
     """Stages of the pipeline that one rank holds."""
+    overlap_micro_batches: bool = False
+    """Compute the forward pass of one micro-batch while tokens of another's backward pass travel to their experts, and the other way round:
+    in the pairs of schedule dualpipev, or of interleaved, which then runs one more forward ahead."""
     layers_per_stage: list[NonNegativeInt] | None = None
     """Blocks of each stage, first to last, pp x virtual_stages of them; balanced by cost if not given."""
     reshard_after_forward: bool = True
@@ -170,7 +191,7 @@ class ParallelConfig(Section):
     timeout: PositiveFloat = 600.0
     """Seconds a collective may take before the run is stopped."""
     hccl_buffer_mb: PositiveInt | None = None
-    """MiB that HCCL keeps per group for sending, and as many again for receiving (HCCL_BUFFSIZE); 200 if not given. For NPUs alone."""
+    """MiB that HCCL keeps per group for sending, and as many again for receiving; HCCL_BUFFSIZE, or 200, if not given. For NPUs alone."""
     affinity: Literal["auto", "off"] = "auto"
     """`auto` binds each rank of a machine to processor cores of its own, near its accelerator; `off` leaves that to the launcher."""
     threads: PositiveInt | None = None
@@ -277,6 +298,20 @@ class SpikeConfig(Section):
     """How far above the mean."""
 
 
+class ExpertGuardConfig(Section):
+    """Tokens that all go to few experts: a layer beyond either limit in each of `steps` steps in a row."""
+
+    action: Literal["warn", "stop", "off"] = "warn"
+    """Say so, once until the layer is within the limits again for as long; end the run with exit code 3; or do not look."""
+    load: PositiveFloat | None = None
+    """Most tokens of an expert over the mean of all; half way between even use, 1, and the worst, experts / top_k, if not given."""
+    entropy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least entropy of the experts' shares over that of equal ones; half way between the worst, log top_k / log experts, and 1 if not
+    given."""
+    steps: PositiveInt = 50
+    """Steps in a row."""
+
+
 class GuardsConfig(Section):
     """What stops or skips a step before the optimizer sees it."""
 
@@ -284,6 +319,8 @@ class GuardsConfig(Section):
     """A NaN or infinite loss or gradient stops the run with exit code 3 and names the samples, or skips the step."""
     spike: SpikeConfig = SpikeConfig()
     """Loss and gradient-norm spikes."""
+    experts: ExpertGuardConfig = ExpertGuardConfig()
+    """Mixtures of experts that collapse."""
     deadline: str | None = None
     """Save and stop before this moment: an ISO time, or `slurm` for the job's own end."""
     deadline_margin: PositiveFloat = 120.0

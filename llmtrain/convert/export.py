@@ -1,18 +1,20 @@
 """A trained model as a Hugging Face folder: safetensors, config.json, tokenizer."""
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import count_parameters
 from llmtrain.convert.companions import copy_companions, token_ids, write_generation
+from llmtrain.convert.families import pick_family
 from llmtrain.convert.folders import whole_folder
 from llmtrain.convert.hf_config import hf_config
-from llmtrain.convert.names import canonical_names, pick_family, to_hf
+from llmtrain.convert.names import Counterpart, counterparts
+from llmtrain.convert.shapes import canonical_shapes, keeps_format
 from llmtrain.convert.shards import ShardWriter
 from llmtrain.errors import UserError
 
@@ -57,10 +59,11 @@ def export_hf(
     Args:
         folder: where to.
         cfg: the model, vocab_size set.
-        weights: (canonical name, whole CPU tensor), streamed: at most one shard is held in memory. A tied head is not among them.
+        weights: (canonical name, whole CPU tensor), streamed: at most one shard is held in memory, and one stack of experts. A tied head is
+            not among them.
         tokenizer: a llmtrain.data.tokenizer.Tokenizer to copy along; its bos_id and eod_id become the model's, unless generation settings
             beside it say otherwise.
-        dtype: cast to this; None keeps.
+        dtype: cast to this; None keeps. The biases of routers keep theirs.
         shard_bytes: largest shard; a tensor above it gets a shard of its own.
         rope_base: the RoPE base of the last phase of training, if it is not `model.position.base`.
         companions: folder whose tokenizer files, chat template and generation settings come along; the tokenizer's own if not given.
@@ -71,15 +74,16 @@ def export_hf(
     family, folder = pick_family(cfg), Path(folder)
     beside = companions if companions is not None or tokenizer is None else tokenizer.path.parent
     with whole_folder(folder) as partial:
-        writer = ShardWriter(partial, shard_bytes)
-        writer.write(_renamed(weights, family, dtype))
-        _check_complete(writer.sizes, cfg, family)
+        writer, places = ShardWriter(partial, shard_bytes), counterparts(_with_biases(cfg, family), family)
+        absent = {name: place.shape for name, place in places.items() if name not in canonical_shapes(cfg)}
+        writer.write(_stored(_completed(weights, absent), places, dtype))
+        _check_complete(writer.sizes, places)
         if tokenizer is not None:
             _write_tokenizer(partial, tokenizer)
         if beside is not None:
             copy_companions(beside, partial)
         ids = _token_ids(tokenizer, beside)
-        stored = str(next(iter(writer.dtypes), torch.float32)).removeprefix("torch.")
+        stored = str(writer.dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
         _write_json(partial / "config.json", hf_config(cfg, family, dtype=stored, rope_base=rope_base) | ids)
         write_generation(partial, ids)
         if family == "openpangu":
@@ -93,17 +97,37 @@ def _token_ids(tokenizer, beside: Path | None) -> dict[str, Any]:
     return own | (token_ids(beside) if beside is not None else {})
 
 
-def _renamed(weights: Iterable[tuple[str, torch.Tensor]], family: str, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _with_biases(cfg: ModelConfig, family: str) -> ModelConfig:
+    """`cfg` with a bias in every router if the family has one whether or not it is used."""
+    if family != "deepseek_v3" or cfg.ffn.kind != "moe" or cfg.ffn.router.bias_rate is not None:
+        return cfg
+    router = cfg.ffn.router.model_copy(update={"bias_rate": 0.0})
+    return cfg.model_copy(update={"ffn": cfg.ffn.model_copy(update={"router": router})})
+
+
+def _completed(weights: Iterable[tuple[str, torch.Tensor]], absent: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """`weights`, then zeros for what the model does without."""
+    yield from weights
+    yield from ((name, torch.zeros(shape)) for name, shape in absent.items())
+
+
+def _stored(
+    weights: Iterable[tuple[str, torch.Tensor]], places: Mapping[str, Counterpart], dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors as they stand in the file."""
     for name, tensor in weights:
-        yield to_hf(name, family), tensor.detach().to(dtype or tensor.dtype).contiguous()
+        if name not in places:
+            raise UserError(f"export: not expected {[name]}, which the model section does not describe")
+        wanted = tensor.dtype if dtype is None or keeps_format(name) else dtype
+        for stored, part in places[name].split(tensor.detach()):
+            yield stored, part.to(wanted).contiguous()
 
 
-def _check_complete(sizes: dict[str, int], cfg: ModelConfig, family: str) -> None:
-    expected = {to_hf(name, family) for name in canonical_names(cfg)}
-    if sizes.keys() != expected:
-        missing, strange = sorted(expected - sizes.keys()), sorted(sizes.keys() - expected)
-        raise UserError(f"export: missing {missing[:5] or 'nothing'}, not expected {strange[:5] or 'nothing'}")
-    needed, given = count_parameters(cfg)["total"], sum(sizes.values())
+def _check_complete(sizes: dict[str, int], places: Mapping[str, Counterpart]) -> None:
+    expected = {stored: math.prod(place.shape) for place in places.values() for stored in place.names}
+    if missing := sorted(expected.keys() - sizes.keys()):
+        raise UserError(f"export: missing {missing[:5]}")
+    needed, given = sum(expected.values()), sum(sizes.values())
     if given != needed:
         raise UserError(f"export: {given:,} parameters were given, the model section describes {needed:,}; shapes differ from it")
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.convert.families import pick_family
 from llmtrain.convert.hf_read import model_values
-from llmtrain.convert.names import canonical_shapes, from_hf, pick_family
+from llmtrain.convert.names import from_hf
+from llmtrain.convert.shapes import canonical_shapes
 from llmtrain.errors import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

@@ -3,18 +3,22 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from llmtrain.convert.hf_experts import deepseek_v3, mixtral, qwen3_moe
+from llmtrain.convert.hf_fields import Fields
 from llmtrain.convert.rope_read import position_values
 from llmtrain.errors import UserError
 
 CONFIG = "config.json"
 
-# Fields that change what is computed and that none of these classes has: a file that sets one means another model than its class.
+# Fields that change what is computed and that few of these classes have: a file of another one that sets one means another model.
 _FOREIGN = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
+    "n_shared_experts",
+    "shared_expert_intermediate_size",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "query_pre_attn_scalar",
@@ -58,58 +62,23 @@ def model_values(config: Mapping[str, Any], *, where: str = CONFIG) -> dict[str,
     `where` is how messages call the file. Fields left out have the defaults of transformers' configuration classes.
     """
     read = Fields(config, where)
-    architecture = _architecture(read)
-    _refuse(read)
-    values = _shared(read) | {"position": position_values(config, where=where)}
-    return ARCHITECTURES[architecture](read, values)
-
-
-class Fields:
-    """Access to config.json whose errors name file, field, value and what is allowed."""
-
-    def __init__(self, config: Mapping[str, Any], where: str):
-        self.config, self.where = config, where
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A positive integer; must be there if it has no default."""
-        value = self.config.get(name)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(name, value, "an integer > 0")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        """A positive number."""
-        value = self.config.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise self.error(name, value, "a number > 0")
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        """A truth value; null is the default."""
-        value = self.config.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.error(name, value, "true or false")
-        return default if value is None else value
-
-    def error(self, name: str, value: Any, allowed: str) -> UserError:
-        """What to raise for a field that cannot be imported."""
-        given = "is missing" if value is None else f"{json.dumps(value)[:80]} cannot be imported"
-        return UserError(f"{self.where}: {name} {given}; allowed: {allowed}")
+    architecture = ARCHITECTURES[_architecture(read)]
+    _refuse(read, architecture)
+    values = _shared(read) | {"position": position_values(config, where=where, base=architecture.rope_base)}
+    return architecture.values(read, values)
 
 
 def _architecture(read: Fields) -> str:
     named = read.config.get("architectures")
     if not isinstance(named, list) or len(named) != 1:
-        types = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+        types = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
         named = [types.get(str(read.config.get("model_type")), named or read.config.get("model_type"))]
     if named[0] not in ARCHITECTURES:
         raise UserError(f"{read.where}: architecture {named[0]!r} cannot be imported; allowed: {', '.join(ARCHITECTURES)}")
     return named[0]
 
 
-def _refuse(read: Fields) -> None:
+def _refuse(read: Fields, architecture: "Architecture") -> None:
     """What would load and then compute something else."""
     config = read.config
     if config.get("quantization_config"):
@@ -119,8 +88,8 @@ def _refuse(read: Fields) -> None:
     if config.get("attention_dropout"):
         raise read.error("attention_dropout", config["attention_dropout"], "0: there is no dropout here, training would differ")
     for name in _FOREIGN:
-        if config.get(name) not in (None, False, 0, []):
-            raise read.error(name, config[name], "null: these architectures have none")
+        if name not in architecture.own and config.get(name) not in (None, False, 0, []):
+            raise read.error(name, config[name], "null: this architecture has none")
 
 
 def _shared(read: Fields) -> dict[str, Any]:
@@ -138,7 +107,7 @@ def _shared(read: Fields) -> dict[str, Any]:
 def _llama(read: Fields, values: dict[str, Any]) -> dict[str, Any]:
     heads, bias = values["attention"]["heads"], read.flag("attention_bias")
     values["max_seq_len"] = read.integer("max_position_embeddings", 2048)
-    values["attention"] |= {"kv_heads": read.integer("num_key_value_heads", heads), "head_dim": _head_dim(read, values)}
+    values["attention"] |= {"kv_heads": read.integer("num_key_value_heads", heads), "head_dim": read.head_dim(values)}
     values["attention"] |= {"qkv_bias": bias, "out_bias": bias}
     values["ffn"]["bias"] = read.flag("mlp_bias")
     return values
@@ -146,7 +115,7 @@ def _llama(read: Fields, values: dict[str, Any]) -> dict[str, Any]:
 
 def _qwen2(read: Fields, values: dict[str, Any]) -> dict[str, Any]:
     values["max_seq_len"] = read.integer("max_position_embeddings", 32_768)
-    values["attention"] |= {"kv_heads": read.integer("num_key_value_heads"), "head_dim": _head_dim(read, values)}
+    values["attention"] |= {"kv_heads": read.integer("num_key_value_heads"), "head_dim": read.head_dim(values)}
     values["attention"] |= {"qkv_bias": True, "window": _window(read, values["layers"])}
     return values
 
@@ -171,19 +140,28 @@ def _openpangu(read: Fields, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-ARCHITECTURES: dict[str, Callable[[Fields, dict[str, Any]], dict[str, Any]]] = {
-    "LlamaForCausalLM": _llama,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen3ForCausalLM": _qwen3,
-    "PanguEmbeddedForCausalLM": _openpangu,
+class Architecture(NamedTuple):
+    """One class of transformers."""
+
+    model_type: str
+    values: Callable[[Fields, dict[str, Any]], dict[str, Any]]
+    """Completes the section that `_shared` began."""
+    own: tuple[str, ...] = ()
+    """What it has of _FOREIGN."""
+    rope_base: float = 10_000.0
+    """Where the file has none."""
+
+
+_COUNTS = ("num_experts", "num_local_experts")
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", _llama),
+    "Qwen2ForCausalLM": Architecture("qwen2", _qwen2),
+    "Qwen3ForCausalLM": Architecture("qwen3", _qwen3),
+    "PanguEmbeddedForCausalLM": Architecture("PanguEmbedded", _openpangu),
+    "MixtralForCausalLM": Architecture("mixtral", mixtral, _COUNTS, rope_base=1_000_000.0),
+    "Qwen3MoeForCausalLM": Architecture("qwen3_moe", qwen3_moe, _COUNTS),
+    "DeepseekV3ForCausalLM": Architecture("deepseek_v3", deepseek_v3, ("n_routed_experts", "n_shared_experts")),
 }
-
-
-def _head_dim(read: Fields, values: dict[str, Any]) -> int:
-    heads, hidden = values["attention"]["heads"], values["hidden"]
-    if read.config.get("head_dim") is None and hidden % heads:
-        raise read.error("head_dim", None, f"an integer, since hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    return read.integer("head_dim", hidden // heads)
 
 
 def _window(read: Fields, layers: int) -> int | None:

@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.convert.hf_read import model_config
-from llmtrain.convert.names import canonical_names, canonical_shapes, pick_family, to_hf
-from llmtrain.convert.placed import fill, held
+from llmtrain.convert.families import pick_family
+from llmtrain.convert.hf_read import model_config, read_config
+from llmtrain.convert.names import Counterpart, counterparts
+from llmtrain.convert.reading import read_into, read_whole
+from llmtrain.convert.shapes import canonical_names, canonical_shapes
 from llmtrain.convert.stored import StoredTensors
 from llmtrain.errors import UserError
 
-__all__ = ["check", "load_into", "model_config", "read_weights"]
+__all__ = ["check", "left_out", "load_into", "model_config", "read_weights"]
 
 # Buffers that older releases stored; they follow from the configuration.
 _HARMLESS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -33,10 +35,9 @@ def read_weights(folder: str | Path, cfg: ModelConfig, *, names: Collection[str]
             also for what `StoredTensors` refuses.
     """
     with StoredTensors(folder) as stored:
-        family = check(stored, cfg)
-        wanted = canonical_names(cfg) if names is None else _known(names, cfg)
-        for name in wanted:
-            yield name, stored.whole(to_hf(name, family))
+        places = check(stored, cfg)
+        for name in places if names is None else _known(names, cfg):
+            yield name, read_whole(stored, places[name])
 
 
 @torch.no_grad()
@@ -57,18 +58,37 @@ def load_into(targets: Mapping[str, torch.Tensor], folder: str | Path, cfg: Mode
         if tuple(targets[name].shape) != shapes[name]:
             raise UserError(f"{name} has shape {list(targets[name].shape)} in the model, {list(shapes[name])} by the model section")
     with StoredTensors(folder) as stored:
-        family = check(stored, cfg)
+        places = check(stored, cfg)
         for name, target in targets.items():
-            place = held(target)
-            if all(place):
-                fill(target, stored.part(to_hf(name, family), [(part[0], part[-1] + 1) for part in place]), place)
+            read_into(target, stored, places[name])
 
 
-def check(stored: StoredTensors, cfg: ModelConfig) -> str:
-    """The family of `cfg`, once `stored` is known to hold exactly its tensors in their shapes; UserError otherwise."""
+def left_out(folder: str | Path, cfg: ModelConfig) -> str | None:
+    """What to say of tensors in a Hugging Face folder that have no place here: heads of multi-token prediction. None without."""
+    with StoredTensors(folder) as stored:
+        layers = sorted({name.split(".")[2] for name in _ahead(stored, cfg)})
+    if not layers:
+        return None
+    return f"{folder}: layers {', '.join(layers)}, which predict further tokens (num_nextn_predict_layers), are left out"
+
+
+def _ahead(stored: StoredTensors, cfg: ModelConfig) -> set[str]:
+    """Tensors of DeepSeek-V3's heads of multi-token prediction, which stand as layers after the last one."""
+    if pick_family(cfg) != "deepseek_v3":
+        return set()
+    extra = read_config(stored.folder).get("num_nextn_predict_layers") or 0
+    layers = tuple(f"model.layers.{cfg.layers + head}." for head in range(extra))
+    return {name for name in stored.names if name.startswith(layers)}
+
+
+def check(stored: StoredTensors, cfg: ModelConfig) -> dict[str, Counterpart]:
+    """Where each parameter of `cfg` is, once `stored` is known to hold exactly its tensors in their shapes; UserError otherwise."""
     family = pick_family(cfg)
-    expected = {to_hf(name, family): shape for name, shape in canonical_shapes(cfg).items()}
-    spare = {name for name in stored.names if _HARMLESS.fullmatch(name)} | ({"lm_head.weight"} if cfg.tie_embeddings else set())
+    places = counterparts(cfg, family)
+    expected = {stored_name: place.shape for place in places.values() for stored_name in place.names}
+    # transformers writes shared experts of width 0 where there are none.
+    spare = {name for name in stored.names if _HARMLESS.fullmatch(name) or 0 in stored.shape(name)} | _ahead(stored, cfg)
+    spare |= {"lm_head.weight"} if cfg.tie_embeddings else set()
     problems = []
     if missing := sorted(expected.keys() - stored.names):
         hint = "; config.json says tie_word_embeddings false: is the head tied?" if missing == ["lm_head.weight"] else ""
@@ -80,10 +100,13 @@ def check(stored: StoredTensors, cfg: ModelConfig) -> str:
             problems.append(f"{name} has shape {list(stored.shape(name))}, config.json makes it {list(expected[name])}")
         elif stored.dtype(name) not in _FLOATS:
             problems.append(f"{name} is stored as {stored.dtype(name)}; allowed: {', '.join(_FLOATS)}")
+    for name, place in places.items():
+        if place.stack and len(formats := {stored.dtype(n) for n in place.names if n in stored.names}) > 1:
+            problems.append(f"the experts of {name} are stored in several formats: {', '.join(sorted(formats))}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{stored.folder} does not hold the weights of its {family} model: {'; '.join(problems[:5])}{more}")
-    return family
+    return places
 
 
 def _known(names: Collection[str], cfg: ModelConfig) -> list[str]:

@@ -1,15 +1,25 @@
-"""Canonical parameter names <-> Hugging Face names, per family. One map serves export and import."""
+"""Canonical parameters, and their names in Hugging Face files, per family. One map serves export and import.
+
+`counterparts` is the whole of it: where each parameter is in the file, and how it stands there.
+"""
 
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.convert.shapes import canonical_shapes
 from llmtrain.errors import UserError
-
-FAMILIES = ("llama", "qwen2", "qwen3", "openpangu")
 
 _OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 _BLOCK = {
     "attention_norm": "input_layernorm",
+    # Llama calls the norm before the feed-forward branch post_attention_layernorm; openPangu uses that name for what it says.
+    "ffn_norm": "post_attention_layernorm",
     "attention.q_proj": "self_attn.q_proj",
     "attention.k_proj": "self_attn.k_proj",
     "attention.v_proj": "self_attn.v_proj",
@@ -20,94 +30,119 @@ _BLOCK = {
     "ffn.up_proj": "mlp.up_proj",
     "ffn.down_proj": "mlp.down_proj",
 }
-# Llama calls the norm before the feed-forward branch post_attention_layernorm; openPangu uses that name for what it says.
-_NORMS = {"ffn_norm": "post_attention_layernorm"}
-_SANDWICH_NORMS = {
+_SANDWICH = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_mlp_layernorm",
     "post_ffn_norm": "post_mlp_layernorm",
 }
+_MIXTRAL = {
+    "ffn.router": "block_sparse_moe.gate",
+    "ffn.experts.gate_proj": "block_sparse_moe.experts.*.w1.weight",
+    "ffn.experts.up_proj": "block_sparse_moe.experts.*.w3.weight",
+    "ffn.experts.down_proj": "block_sparse_moe.experts.*.w2.weight",
+}
+_EXPERTS = {
+    "ffn.router": "mlp.gate",
+    "ffn.experts.gate_proj": "mlp.experts.*.gate_proj.weight",
+    "ffn.experts.up_proj": "mlp.experts.*.up_proj.weight",
+    "ffn.experts.down_proj": "mlp.experts.*.down_proj.weight",
+}
+_DEEPSEEK = {
+    "attention.q_down_proj": "self_attn.q_a_proj",
+    "attention.q_norm": "self_attn.q_a_layernorm",
+    "attention.q_up_proj": "self_attn.q_b_proj",
+    "attention.kv_down_proj": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_norm": "self_attn.kv_a_layernorm",
+    "attention.kv_up_proj": "self_attn.kv_b_proj",
+    "ffn.router.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.shared.gate_proj": "mlp.shared_experts.gate_proj",
+    "ffn.shared.up_proj": "mlp.shared_experts.up_proj",
+    "ffn.shared.down_proj": "mlp.shared_experts.down_proj",
+}
+_INSIDE = {
+    "openpangu": _BLOCK | _SANDWICH,
+    "mixtral": _BLOCK | _MIXTRAL,
+    "qwen3_moe": _BLOCK | _EXPERTS,
+    "deepseek_v3": _BLOCK | _EXPERTS | _DEEPSEEK,
+    # What q_b_proj is where queries come straight from the hidden state.
+    "deepseek_v3, no query rank": _BLOCK | _EXPERTS | _DEEPSEEK | {"attention.q_up_proj": "self_attn.q_proj"},
+}
 
 
-def pick_family(cfg: ModelConfig) -> str:
-    """The Hugging Face family that computes exactly what `cfg` does; UserError with the option in the way if there is none.
+@dataclass(frozen=True)
+class Counterpart:
+    """What a canonical parameter is in a Hugging Face file."""
 
-    Llama and Qwen3 have biases on all four attention projections or on none, Qwen2 on query, key and value; only the last two know a
-    sliding window.
-    """
-    a = cfg.attention
-    sandwich, uneven = cfg.norm.placement != "pre", a.qkv_bias and not a.out_bias
-    bias = cfg.ffn.kind == "dense" and cfg.ffn.bias
-    refused = {
-        f"model.family {cfg.family}": cfg.family != "transformer",
-        f"model.ffn.kind {cfg.ffn.kind}": cfg.ffn.kind != "dense",
-        f"model.mtp.heads {cfg.mtp.heads}": cfg.mtp.heads > 0,
-        "model.norm.kind layer_norm": cfg.norm.kind != "rms_norm",
-        "model.ffn.activation gelu": cfg.ffn.activation != "swiglu",
-        "model.position.kind learned": cfg.position.kind != "rope",
-        "model.attention.window without qk_norm or Qwen2's biases": a.window is not None and (sandwich or not (a.qk_norm or uneven)),
-        "model.attention.out_bias without qkv_bias": a.out_bias and not a.qkv_bias,
-        "model.attention.qkv_bias with qk_norm and without out_bias": uneven and a.qk_norm,
-        "model.ffn.bias with qk_norm": bias and a.qk_norm,
-        "model.ffn.bias with attention.qkv_bias and without attention.out_bias": bias and uneven,
-        f"model.norm.placement {cfg.norm.placement} with biases or qk_norm": sandwich and (a.qkv_bias or a.qk_norm or bias),
-    }
-    for option, hit in refused.items():
-        if hit:
-            raise UserError(f"no Hugging Face family here computes {option}; families: {', '.join(FAMILIES)} (set checkpoint.export: none)")
-    if sandwich:
-        return "openpangu"
-    return "qwen3" if a.qk_norm else "qwen2" if uneven else "llama"
+    names: tuple[str, ...]
+    """The tensor; of a stack of matrices one for each of them, transposed."""
+    shape: tuple[int, ...]
+    """Of each of these tensors."""
+    stack: bool = False
+    """Whether it is a stack."""
+    rows: Sequence[int] | None = None
+    """The file's row for each row of the parameter; the same if not given."""
 
-
-def canonical_names(cfg: ModelConfig) -> list[str]:
-    """Every parameter of a model that has a Hugging Face family."""
-    a = cfg.attention
-    qkv, ffn = ["attention.q_proj", "attention.k_proj", "attention.v_proj"], ["ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"]
-    modules = [*qkv, "attention.out_proj", *ffn, "attention_norm", "ffn_norm"]
-    modules += ["attention.q_norm", "attention.k_norm"] * a.qk_norm
-    modules += ["post_attention_norm", "post_ffn_norm"] * (cfg.norm.placement != "pre")
-    biased = qkv * a.qkv_bias + ["attention.out_proj"] * a.out_bias + ffn * cfg.ffn.bias
-    inside = [f"{module}.weight" for module in modules] + [f"{module}.bias" for module in biased]
-    names = [f"blocks.{layer}.{name}" for layer in range(cfg.layers) for name in inside]
-    return ["embedding.weight", "final_norm.weight", *names] + ["head.weight"] * (not cfg.tie_embeddings)
-
-
-def canonical_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of `canonical_names`; vocab_size must be set."""
-    d, f, q, kv = cfg.hidden, cfg.ffn.hidden, cfg.attention.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    matrices = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "out_proj": (d, q)}
-    matrices |= {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f), "embedding": (cfg.vocab_size, d), "head": (cfg.vocab_size, d)}
-    shapes = {}
-    for name in canonical_names(cfg):
-        *_, module, kind = name.split(".")
-        if module in matrices:
-            shapes[name] = matrices[module] if kind == "weight" else matrices[module][:1]
+    def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) in the file, of the whole parameter. Views where nothing but an axis moves."""
+        if self.stack:
+            yield from zip(self.names, tensor.transpose(1, 2))
+        elif self.rows is not None:
+            yield self.names[0], torch.empty_like(tensor).index_copy_(0, torch.tensor(self.rows, device=tensor.device), tensor)
         else:
-            shapes[name] = (cfg.head_dim,) if module in ("q_norm", "k_norm") else (d,)
-    return shapes
+            yield self.names[0], tensor
 
 
-def _block_map(family: str) -> dict[str, str]:
-    return _BLOCK | (_SANDWICH_NORMS if family == "openpangu" else _NORMS)
+def counterparts(cfg: ModelConfig, family: str) -> dict[str, Counterpart]:
+    """Canonical name -> counterpart, of every parameter of `cfg`, whose family is `family` (see families.pick_family)."""
+    naming = f"{family}, no query rank" if family == "deepseek_v3" and cfg.attention.query_rank is None else family
+    return {name: _counterpart(name, shape, cfg, naming) for name, shape in canonical_shapes(cfg).items()}
 
 
-def to_hf(name: str, family: str) -> str:
-    """Hugging Face name of a canonical parameter, e.g. blocks.0.ffn.up_proj.weight -> model.layers.0.mlp.up_proj.weight."""
-    return _rename(name, outside=_OUTSIDE, inside=_block_map(family), pattern=r"blocks\.(\d+)\.(.+)\.(weight|bias)", prefix="model.layers")
+def _counterpart(name: str, shape: tuple[int, ...], cfg: ModelConfig, naming: str) -> Counterpart:
+    if len(shape) == 3:
+        return Counterpart(tuple(to_hf(name, naming, expert=e) for e in range(shape[0])), (shape[2], shape[1]), stack=True)
+    rows, a = None, cfg.attention
+    if name.endswith("attention.q_up_proj.weight"):
+        rows = _unpaired(a.heads, a.nope_dim, a.rope_dim)
+    elif name.endswith("attention.kv_down_proj.weight"):
+        rows = _unpaired(1, a.kv_rank, a.rope_dim)
+    return Counterpart((to_hf(name, naming),), shape, rows=rows)
+
+
+@cache
+def _unpaired(parts: int, plain: int, rotated: int) -> list[int]:
+    """The file's row of each row, in `parts` runs of `plain` rows as they are and `rotated` that RoPE rotates: in DeepSeek's files the
+    two numbers of a rotated pair stand beside each other, here half a head apart."""
+    run = [*range(plain), *range(plain, plain + rotated, 2), *range(plain + 1, plain + rotated, 2)]
+    return [part * len(run) + row for part in range(parts) for row in run]
+
+
+def to_hf(name: str, family: str, *, expert: int = 0) -> str:
+    """Hugging Face name of a canonical parameter, e.g. blocks.0.ffn.up_proj.weight -> model.layers.0.mlp.up_proj.weight; of a stack of
+    experts that of one of them."""
+    inside = _INSIDE.get(family, _BLOCK)
+    return _rename(name, outside=_OUTSIDE, inside=inside, pattern=r"blocks\.(\d+)\.(.+)", prefix="model.layers").replace("*", str(expert))
 
 
 def from_hf(name: str, family: str) -> str:
-    """Canonical name of a Hugging Face parameter; the inverse of `to_hf`."""
+    """Canonical name of a Hugging Face parameter; the inverse of `to_hf`, but for which of the experts it is."""
     outside = {hf: mine for mine, hf in _OUTSIDE.items()}
-    inside = {hf: mine for mine, hf in _block_map(family).items()}
-    return _rename(name, outside=outside, inside=inside, pattern=r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", prefix="blocks")
+    inside = {hf: mine for mine, hf in _INSIDE.get(family, _BLOCK).items()}
+    if family == "deepseek_v3":
+        inside["self_attn.q_proj"] = "attention.q_up_proj"
+    known = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+    return _rename(known, outside=outside, inside=inside, pattern=r"model\.layers\.(\d+)\.(.+)", prefix="blocks")
 
 
 def _rename(name: str, *, outside: dict[str, str], inside: dict[str, str], pattern: str, prefix: str) -> str:
+    """`inside` maps whole parameters, or modules with a weight and perhaps a bias."""
     if name in outside:
         return outside[name]
-    match = re.fullmatch(pattern, name)
-    if not match or match[2] not in inside:
-        raise UserError(f"parameter {name!r} has no counterpart in the other naming; known modules: {', '.join(inside)}")
-    return f"{prefix}.{match[1]}.{inside[match[2]]}.{match[3]}"
+    if match := re.fullmatch(pattern, name):
+        layer, path = match.groups()
+        module, _, kind = path.rpartition(".")
+        if path in inside:
+            return f"{prefix}.{layer}.{inside[path]}"
+        if module in inside and kind in ("weight", "bias"):
+            return f"{prefix}.{layer}.{inside[module]}.{kind}"
+    raise UserError(f"parameter {name!r} has no counterpart in the other naming; known modules: {', '.join(inside)}")

@@ -46,5 +46,9 @@ def fill(target: Tensor, box: Tensor, place: list[list[int] | range]) -> None:
     for dim, indices in enumerate(place):
         if box.shape[dim] != len(indices):
             box = box.index_select(dim, torch.tensor(indices) - indices[0])
-    local = target.to_local() if isinstance(target, DTensor) else target
-    local.copy_(box)
+    local_part(target).copy_(box)
+
+
+def local_part(target: Tensor) -> Tensor:
+    """What this rank holds of `target`."""
+    return target.to_local() if isinstance(target, DTensor) else target

@@ -8,13 +8,14 @@ from typing import Any
 from llmtrain.errors import UserError
 
 
-def position_values(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+def position_values(config: Mapping[str, Any], *, where: str, base: float = 10_000.0) -> dict[str, Any]:
     """`model.position` of `config`, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
-    As in transformers, `rope_scaling` wins where both are given. Raises UserError for a rule other than default, llama3 and yarn.
+    As in transformers, `rope_scaling` wins where both are given. `base` is that of a file without one. Raises UserError for a rule other
+    than default, llama3 and yarn.
     """
     rope = _rope(config, where)
-    base = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    base = rope.get("rope_theta", config.get("rope_theta", base))
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor {partial} cannot be imported; allowed: 1, every dim of a head is rotated")
@@ -24,6 +25,23 @@ def position_values(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     if kind not in RULES:
         raise UserError(f"{where}: rope_type {kind!r} cannot be imported; allowed: {', '.join(RULES)}")
     return {"kind": "rope", "base": float(base), "scaling": RULES[kind](rope, config, where)}
+
+
+def latent_scale(config: Mapping[str, Any], head_dim: int, *, where: str) -> float | None:
+    """What DeepSeek-V3 multiplies scores of heads of `head_dim` numbers by; None for 1 / sqrt(head_dim).
+
+    A stretched RoPE with `mscale_all_dim` m multiplies that by (0.1 m ln(factor) + 1)^2.
+    """
+    rope = _rope(config, where)
+    over = rope.get("mscale_all_dim")
+    if not over or rope.get("rope_type", rope.get("type", "default")) == "default":
+        return None
+    return head_dim**-0.5 * magnitude(_number(rope, "factor", where), over) ** 2
+
+
+def magnitude(factor: float, over: float) -> float:
+    """0.1 m ln(factor) + 1: by how much YaRN magnifies what is rotated (arXiv 2309.00071 eq. 22) times m; 1 for a factor up to 1."""
+    return 0.1 * over * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -64,7 +82,7 @@ def _attention_factor(rope: dict, factor: float) -> float | None:
     over, under = rope.get("mscale"), rope.get("mscale_all_dim")
     if not over or not under:
         return None
-    return (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1) if factor > 1 else 1.0
+    return magnitude(factor, over) / magnitude(factor, under)
 
 
 RULES = {"default": _default, "llama3": _llama3, "yarn": _yarn}

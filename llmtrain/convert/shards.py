@@ -18,8 +18,8 @@ class ShardWriter:
         self.folder, self.shard_bytes = folder, shard_bytes
         self.sizes: dict[str, int] = {}
         """Elements of every tensor written, by name."""
-        self.dtypes: set[torch.dtype] = set()
-        """Number formats met."""
+        self.dtypes: dict[str, torch.dtype] = {}
+        """Number format of every tensor written, by name."""
         self._held: dict[str, torch.Tensor] = {}
         self._shards: list[list[str]] = []
         self._bytes = self._total = 0
@@ -33,7 +33,7 @@ class ShardWriter:
                 self._flush()
             self._held[name] = tensor
             self.sizes[name] = tensor.numel()
-            self.dtypes.add(tensor.dtype)
+            self.dtypes[name] = tensor.dtype
             self._bytes += tensor.nbytes
         self._flush()
         self._name()

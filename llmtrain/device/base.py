@@ -127,6 +127,10 @@ class Device(ABC):
         """Keyword arguments for torch.distributed.init_process_group beyond back end and timeout. buffer_mb: parallel.hccl_buffer_mb."""
         return {}
 
+    def group_options(self, timeout: timedelta, *, buffer_mb: int | None = None) -> Any | None:
+        """Options of one further process group, as torch's back end takes them, made anew for each; None where the world's serve."""
+        return None
+
     def numa_node(self) -> int | None:
         """The NUMA node that this device hangs on, or None where that is not known."""
         return None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llmtrain import compat
 from llmtrain.device.base import Accelerator
 from llmtrain.hardware.cores import only_node
 
@@ -57,22 +58,28 @@ class NpuDevice(Accelerator):
         super().deterministic(on)
 
     def process_group_options(self, timeout: timedelta, *, buffer_mb: int | None = None) -> dict[str, Any]:
-        """HCCL's own limits, as its environment variables, where the user has not set them.
+        limit_hccl(timeout)
+        return {"pg_options": self.group_options(timeout, buffer_mb=buffer_mb)}
 
-        Its options of one group (ProcessGroupHCCL.Options) would reach the world alone: DeviceMesh makes the other groups without. Both
-        time-outs become `timeout`: by default they are 120 s to connect and 1,836 s to wait, and a rank that compiles or reads for longer
-        is taken for lost (EI0006). buffer_mb: half of what each group holds in device memory, 200 by default.
-        """
-        seconds = math.ceil(timeout.total_seconds())
-        least, most = CONNECT_SECONDS
-        _set_unless_given("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, least), most)))
-        _set_unless_given("HCCL_EXEC_TIMEOUT", str(seconds))
-        if buffer_mb is not None:
-            os.environ["HCCL_BUFFSIZE"] = str(buffer_mb)
-        return {}
+    def group_options(self, timeout: timedelta, *, buffer_mb: int | None = None) -> Any:
+        """buffer_mb: half of what the group holds in device memory; None leaves it to HCCL_BUFFSIZE, which is 200 by default."""
+        return compat.hccl_options(timeout, buffer_mb=buffer_mb)
 
     def describe(self) -> str:
         return f"{super().describe()}, torch_npu {importlib.metadata.version('torch_npu')}"
+
+
+def limit_hccl(timeout: timedelta) -> None:
+    """HCCL's own time-outs, as its environment variables, where the user has not set them: it has no option of a group for the first,
+    and one for the second only in newer versions of CANN.
+
+    Both become `timeout`: by default they are 120 s to connect and 1,836 s to wait, and a rank that compiles or reads for longer is taken
+    for lost (EI0006).
+    """
+    seconds = math.ceil(timeout.total_seconds())
+    least, most = CONNECT_SECONDS
+    _set_unless_given("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, least), most)))
+    _set_unless_given("HCCL_EXEC_TIMEOUT", str(seconds))
 
 
 _ours: dict[str, str] = {}

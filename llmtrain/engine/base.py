@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,8 +19,12 @@ class StepResult:
 
     loss_sum: float
     target_count: int
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     bad_samples: tuple[int, ...] = ()
+    expert_counts: torch.Tensor | None = None
+    """[L,E] int64: how often the step's tokens chose each expert of each mixture of experts; None without any."""
+    events: tuple[str, ...] = ()
+    """What else happened and is to be said, in words."""
 
     @property
     def loss(self) -> float:
@@ -74,13 +78,13 @@ class Engine(Protocol):
         """Measure what the configuration left to `auto`, once, before step 0 of a fresh run; returns the values."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Canonical state (docs/interfaces.md): live tensors, so loading into them in place restores the engine."""
+        """Canonical state (docs/interfaces.md): live tensors until the next step, so loading into them in place restores the engine."""
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a canonical state, which may be the tensors of state() filled in place."""
 
     def extra_state(self) -> dict:
-        """JSON-able state beside the tensors (loss scale)."""
+        """JSON-able state beside the tensors (loss scale, places of experts), the same on every rank."""
 
     def load_extra_state(self, extra: dict) -> None:
         """Take over extra_state()."""

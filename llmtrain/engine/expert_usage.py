@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -36,12 +37,15 @@ class ExpertUsage:
         self._adds = model.ffn.balance is not None or model.ffn.router.z_loss > 0
         self.layers = model.expert_layers + model.mtp.heads
         self.routers: dict[int, nn.Module] = {}
+        self.modules: dict[int, tuple[str, MoE]] = {}
+        """The layers of this rank, and their names, by number."""
         self._seen: Seen | None = None
         self._numbers: dict[int, list[int]] = {}
         for stage, part in parts.items():
             found = {_number(name, model): layer for name, layer in part.named_modules() if isinstance(layer, MoE)}
             self._numbers[stage] = list(found)
             self.routers |= {number: layer.router for number, layer in found.items()}
+            self.modules |= {_number(name, model): (name, layer) for name, layer in part.named_modules() if isinstance(layer, MoE)}
             for layer in found.values():
                 layer.observe = self._observe
         self.totals: Tensor | None = None
@@ -50,16 +54,17 @@ class ExpertUsage:
 
     def _observe(self, usage: Callable[..., Usage]) -> None:
         losses = self._adds and torch.is_grad_enabled()
-        if self._seen is None and not losses:
+        watched = self._seen is not None and get_ident() == self._thread  # a backward pass in another thread recomputes
+        if not watched and not losses:
             return
         found = usage(losses=losses)  # recomputation has to make the same graph as the forward pass, though nobody looks at it
-        if self._seen is not None:
+        if watched:
             self._seen.append(found)
 
     @contextmanager
     def watching(self) -> Iterator[Seen]:
         """The forward pass of a stage inside is put down in what this gives; others, and recomputation, are not looked at."""
-        self._seen = seen = []
+        self._seen, self._thread = (seen := []), get_ident()
         try:
             yield seen
         finally:
@@ -91,9 +96,9 @@ class ExpertUsage:
         found: list[Tensor | None] = [None] * len(seen)
         if balance is not None:
             weight = balance.weight * self._factor
-            for at, (one, share) in enumerate(zip(seen, self._shares(counts))):
+            for at, (one, share) in enumerate(zip(seen, self._shares(counts, seen[0][0].scores.dtype))):
                 scores = torch.stack([usage.scores for usage in one])  # [l,B,E]
-                found[at] = (share.to(scores.dtype) * scores).sum() * (weight / self.groups.count / self.groups.tokens)
+                found[at] = (share * scores).sum() * (weight / self.groups.count / self.groups.tokens)
         if z_loss:
             for at, one in enumerate(seen):
                 squares = torch.stack([usage.squares for usage in one]).sum() * (z_loss * self._factor / self.groups.all_tokens)
@@ -101,7 +106,7 @@ class ExpertUsage:
         self._balance_sum += sum(loss.detach() for loss in found if loss is not None)
         return found
 
-    def _shares(self, counts: Sequence[Tensor]) -> list[Tensor]:
+    def _shares(self, counts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """f of every row, [l,B,E] for each micro-batch: its group's choices of each expert over the even share."""
         groups, device = self.groups, counts[0].device
         numbers, number = groups.numbered(len(counts), self.mesh.data_rank)
@@ -116,7 +121,7 @@ class ExpertUsage:
             with recorded("all_reduce", self.mesh.group(axis)):
                 dist.all_reduce(sums, group=self.mesh.group(axis))
         even = self.ffn.top_k * groups.tokens / self.ffn.experts
-        return [(sums[inside] / even).transpose(0, 1) for inside in rows_in]
+        return [(sums[inside].to(dtype) / even).transpose(0, 1) for inside in rows_in]
 
     # --- the step as a whole ------------------------------------------------------------------------------------------------------
 
@@ -142,17 +147,18 @@ class ExpertUsage:
         rate = self.ffn.router.bias_rate
         if not rate or self.totals is None:
             return
-        counts = self.totals[:, :-1].to(torch.float32)
+        counts = self.totals[:, :-1]
+        missing = counts.sum(1, keepdim=True) - self.ffn.experts * counts  # whole numbers, so that no rank rounds another way
         for number, router in self.routers.items():
-            router.bias.add_((counts[number].mean() - counts[number]).sign(), alpha=rate)
+            router.bias.add_(missing[number].sign(), alpha=rate)
 
     def biases(self) -> dict[int, float]:
         """Norm of the bias of this rank's layers, by number; {} without biases."""
         return {number: float(router.bias.norm()) for number, router in self.routers.items() if router.bias is not None}
 
     def metrics(self) -> dict[str, Any]:
-        """Of the last step by layer: `load`, the fullest expert's tokens over the mean; `entropy` of the experts' shares over that of equal
-        ones; and `dropped`, the share of choices that found no room, where there is a capacity."""
+        """Of the last step by layer, from block `first_layer` on: `load`, the fullest expert's tokens over the mean; `entropy` of the
+        experts' shares over that of equal ones; and `dropped`, the share of choices that found no room, where there is a capacity."""
         counts, dropped = self.totals[:, :-1].double().cpu(), self.totals[:, -1].double().cpu()
         total = counts.sum(1).clamp_min(1)
         shares = counts / total[:, None]
@@ -160,7 +166,8 @@ class ExpertUsage:
         found = {"load": shares.amax(1) * self.ffn.experts, "entropy": entropy}
         if self.ffn.capacity is not None:
             found["dropped"] = dropped / total
-        return {name: [round(value, 6) for value in values.tolist()] for name, values in found.items()}
+        layers = {name: [round(value, 6) for value in values.tolist()] for name, values in found.items()}
+        return {"first_layer": self.ffn.dense_layers} | layers
 
 
 def _number(name: str, model: ModelConfig) -> int:

@@ -14,6 +14,7 @@ from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET, Batch
 from llmtrain.device.base import Device
 from llmtrain.engine.base import Capabilities, StepResult, register_engine
+from llmtrain.engine.expert_placement import Settled, build_placement
 from llmtrain.engine.host_optimizer import HostOptimizer
 from llmtrain.engine.local_optimizer import LocalOptimizer
 from llmtrain.engine.loss_scale import LossScale
@@ -25,6 +26,7 @@ from llmtrain.ops import Ops
 from llmtrain.parallel.compile import eager
 from llmtrain.parallel.fsdp import local_tensor, release_gathered
 from llmtrain.parallel.gradients import holders, square_sum, sum_gradients
+from llmtrain.parallel.hang.where import device_wait, recorded
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.placement import canonical
 
@@ -60,6 +62,7 @@ class NativeEngine:
         self.parameters = stages.parameters
         optimizer = partial(HostOptimizer, copies=device.host_copies()) if cfg.optim.offload else LocalOptimizer
         self.optimizer = optimizer(stages.parameters | stages.copies, cfg.optim, ops=ops)
+        self.placement = build_placement(cfg, stages=stages, optimizer=self.optimizer, mesh=mesh)
         self.steps_taken = 0
         self.loss_scale = LossScale(cfg.precision.loss_scale) if cfg.precision.compute == "fp16" else None
         self._norm: float | None = None
@@ -73,6 +76,7 @@ class NativeEngine:
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Gradients of the mean over all target tokens of the step; see Engine."""
+        settled = self.placement.settle() if self.placement else Settled()
         total, compiling = self._count_targets(micro_batches), compile_seconds()
         factor = self.loss_scale.value if self.loss_scale else 1.0
         prepared = self._prepared(micro_batches, heads=self.cfg.model.mtp.heads)
@@ -83,8 +87,10 @@ class NativeEngine:
         loss_sum, square, *experts = self.mesh.sum(*shares)  # one message for all
         self._norm = math.sqrt(square)
         compiling = compile_seconds() - compiling
-        metrics = {"compile_seconds": compiling} if compiling else {}
-        return self._result(micro_batches, values, loss_sum, total, metrics | self._expert_metrics(experts))
+        metrics = ({"compile_seconds": compiling} if compiling else {}) | settled.metrics | self._expert_metrics(experts)
+        counts = None if self.stages.usage is None else self.stages.usage.totals[:, :-1]
+        result = self._result(micro_batches, values, loss_sum, total, metrics)
+        return replace(result, expert_counts=counts, events=settled.events)
 
     def _expert_shares(self) -> list[float]:
         """What this rank brings to the loss that balances experts, and to the norms of the routers' biases by layer."""
@@ -92,6 +98,8 @@ class NativeEngine:
         if usage is None:
             return []
         balance, norms, mine = usage.end_step(), [0.0] * usage.layers, usage.biases()
+        if self.placement is not None:
+            self.placement.add()
         if not any(map(self.mesh.place, ("dp_replicate", "dp_shard", "cp", "tp"))):
             for layer, norm in mine.items():
                 norms[layer] = norm
@@ -102,6 +110,8 @@ class NativeEngine:
         if usage is None:
             return {}
         layers = usage.metrics() | ({"bias": sums[1:]} if len(sums) > 1 else {})
+        if self.placement is not None:
+            layers |= self.placement.metrics()
         losses = self.cfg.model.ffn.balance is not None or self.cfg.model.ffn.router.z_loss > 0
         return ({"balance_loss": sums[0]} if losses else {}) | {"experts": layers}
 
@@ -124,7 +134,8 @@ class NativeEngine:
             self.stages.embedding_copy.sum_gradients(local_tensor)
 
     def _values(self, losses: Sequence[torch.Tensor]) -> list[float]:
-        return torch.stack(list(losses)).double().tolist() if losses and self.device.kind == "cpu" else [loss.item() for loss in losses]
+        with device_wait():
+            return torch.stack(list(losses)).double().tolist() if losses and self.device.kind == "cpu" else [loss.item() for loss in losses]
 
     def _share(self, values: Sequence[float]) -> float:
         """What this rank brings to the sum of losses: ranks of tp all have the same."""
@@ -226,8 +237,10 @@ class NativeEngine:
             )
         for axis in ("tp", "cp", "pp"):
             if getattr(self.mesh.shape, axis) > 1:
-                dist.all_reduce(moments, group=self.mesh.group(axis))
-        attention, ffn = branch_std(moments)
+                with recorded("all_reduce", self.mesh.group(axis)):
+                    dist.all_reduce(moments, group=self.mesh.group(axis))
+        with device_wait():
+            attention, ffn = branch_std(moments)
         c_attention = attention if norm.c_attention == "auto" else norm.c_attention
         c_ffn = ffn if norm.c_ffn == "auto" else norm.c_ffn
         for part in self.stages.parts.values():
@@ -246,7 +259,12 @@ class NativeEngine:
     # --- state --------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Live parameters and moments of this rank's stages by canonical name, and the number of steps taken."""
+        """Live parameters and moments of this rank's stages by canonical name, and the number of steps taken.
+
+        Experts that have moved are brought home first; they are there until the next step.
+        """
+        if self.placement is not None:
+            self.placement.go_home()
         state = {"step": torch.tensor(self.steps_taken, dtype=torch.int64)}
         moments = self.optimizer.moments
         for name, parameter in self.parameters.items():
@@ -268,10 +286,13 @@ class NativeEngine:
         self.optimizer.set_steps(self.steps_taken)
 
     def extra_state(self) -> dict:
-        """The loss scale, if there is one."""
-        return {"loss_scale": self.loss_scale.state()} if self.loss_scale else {}
+        """The loss scale, and where experts are to be, if there are such."""
+        found = {"loss_scale": self.loss_scale.state()} if self.loss_scale else {}
+        return found | ({"expert_placement": self.placement.state()} if self.placement else {})
 
     def load_extra_state(self, extra: dict) -> None:
-        """Take over the loss scale."""
+        """Take over what the engine has of it."""
         if self.loss_scale and "loss_scale" in extra:
             self.loss_scale.load_state(extra["loss_scale"])
+        if self.placement and "expert_placement" in extra:
+            self.placement.load_state(extra["expert_placement"])

@@ -86,10 +86,14 @@ class Stages:
                 (self.copies if copied else self.parameters)[COPY if copied else name] = parameter
                 if name in names:
                     self.partial.append(COPY if copied else name)
-        self.pipeline = Pipeline(parts, group=mesh.group("pp"), device=device.torch_device) if plan else None
+        self.pipeline = self._pipeline(device, overlap=cfg.parallel.overlap_micro_batches) if plan else None
         self.embedding_copy = self._embedding_copy(cfg)
         self.usage = build_usage(parts, cfg.model, mesh)
         """How the step uses the experts; None without a mixture of experts."""
+
+    def _pipeline(self, device: Device, *, overlap: bool) -> Pipeline:
+        place = {"group": self.mesh.group("pp"), "device": device.torch_device}
+        return Pipeline(self.parts, **place, overlap=overlap, enter_thread=device.set_current)
 
     def _embedding_copy(self, cfg: RunConfig) -> EmbeddingCopy | None:
         if self.plan is None or not self.plan.copies_embedding:

@@ -10,6 +10,8 @@ from llmtrain.errors import UserError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep", "etp")
+NODE_AXES = ("pp", "dp_replicate", "efsdp", "ep_outer", "ep_inner", "etp")
+"""EXPERT_AXES with ep cut in two for hierarchical dispatch: ranks of a node are neighbours, `ep_outer` goes from node to node."""
 FLAT = {"fsdp": ("dp_shard", "cp")}
 """Axes that are also used as one: parameters are sharded over dp_shard x cp, since ranks of cp hold the same parameters."""
 
@@ -33,10 +35,15 @@ class MeshShape:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    ep_inner: int | None = None
+    """Ranks of ep that are of one node, where dispatch is hierarchical."""
 
     @classmethod
-    def from_config(cls, cfg: ParallelConfig, *, world: int | None = None) -> "MeshShape":
-        """The shape of `cfg`; dp_shard -1 takes what `world` leaves. Raises UserError, with the arithmetic, if it does not fit."""
+    def from_config(cls, cfg: ParallelConfig, *, world: int | None = None, local: int | None = None) -> "MeshShape":
+        """The shape of `cfg`; dp_shard -1 takes what `world` leaves. `local` is the number of ranks of a node, all of them if not given.
+
+        Raises UserError, with the arithmetic, if it does not fit.
+        """
         shape = cls(**{axis: getattr(cfg, axis) for axis in (*AXES, "ep", "etp")})
         if cfg.dp_shard == -1:
             others = replace(shape, dp_shard=1).world
@@ -47,7 +54,7 @@ class MeshShape:
             product = " x ".join(f"{axis} {getattr(shape, axis)}" for axis in AXES)
             raise UserError(f"parallel asks for {product} = {shape.world} ranks, {world} were started; change parallel.* or the launch")
         shape._check_experts()
-        return shape
+        return replace(shape, ep_inner=shape._inner(cfg, local or shape.world))
 
     def _check_experts(self) -> None:
         if self.etp not in (1, self.tp):
@@ -55,6 +62,40 @@ class MeshShape:
         if self._sharing % self.ep:
             over = f"dp_shard {self.dp_shard} x cp {self.cp}" + (f" x tp {self.tp}" if self.etp < self.tp else "")
             raise UserError(f"parallel.ep {self.ep} does not divide {over} = {self._sharing}; change parallel.ep or those axes")
+
+    def _inner(self, cfg: ParallelConfig, local: int) -> int | None:
+        if cfg.ep_kind != "hierarchical":
+            if cfg.ep_inner is not None:
+                raise UserError(f"parallel.ep_inner {cfg.ep_inner} is for parallel.ep_kind hierarchical, not {cfg.ep_kind}; take one back")
+            return None
+        if self.ep == 1:
+            return None
+        if cfg.ep_inner is not None:
+            inner, what = cfg.ep_inner, f"parallel.ep_inner {cfg.ep_inner}"
+        elif self.tp > 1 and self.etp == 1:
+            inner, what = self.tp, f"parallel.ep_inner, by default parallel.tp {self.tp},"
+        else:
+            inner, what = local / self.etp, f"parallel.ep_inner, by default the {local} ranks of a node"
+            what += f" / parallel.etp {self.etp} = {inner:g}," if self.etp > 1 else ","
+        if inner >= self.ep:
+            raise UserError(
+                f"{what} leaves nothing between nodes: parallel.ep is {self.ep}; set a smaller ep_inner, or parallel.ep_kind all_to_all"
+            )
+        if self.ep % inner or inner % 1:
+            raise UserError(
+                f"{what} does not divide parallel.ep {self.ep}: {self.ep} / {inner:g} = {self.ep / inner:.2f}; set parallel.ep_inner"
+            )
+        return int(inner)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """Axes of which groups are made for experts alone, in this order."""
+        return ("efsdp", "ep", "etp") if self.ep_inner is None else ("efsdp", "ep", "etp", "ep_outer", "ep_inner")
+
+    @property
+    def ep_outer(self) -> int:
+        """Nodes that share the experts, where dispatch is hierarchical."""
+        return self.ep // self.ep_inner
 
     @property
     def _sharing(self) -> int:
@@ -92,7 +133,7 @@ class MeshShape:
         return tuple(getattr(self, axis) for axis in axes)
 
     def place(self, rank: int, axes: Sequence[str] = AXES) -> dict[str, int]:
-        """Where `rank` stands along each of AXES or EXPERT_AXES."""
+        """Where `rank` stands along each of AXES, EXPERT_AXES or NODE_AXES."""
         coordinates = {}
         for axis, size in zip(reversed(axes), reversed(self.sizes(axes))):
             rank, coordinates[axis] = divmod(rank, size)
@@ -110,7 +151,7 @@ class MeshShape:
         return " x ".join(f"{axis} {getattr(self, axis)}" for axis in (*AXES, "ep") if getattr(self, axis) > 1) or "one rank"
 
     def groups(self, axis: str) -> list[Group]:
-        """All groups of one axis of AXES, EXPERT_AXES or FLAT: they part the world, and each is in the order of its ranks."""
+        """All groups of one axis of AXES, EXPERT_AXES, NODE_AXES or FLAT: they part the world, and each is in the order of its ranks."""
         firsts = (rank for rank in range(self.world) if not any(self.place(rank, _root(axis))[a] for a in FLAT.get(axis, (axis,))))
         return [self.group(axis, rank) for rank in firsts]
 
@@ -122,11 +163,15 @@ class MeshShape:
         return Group(axis, tuple(self.rank(member, axes) for member in members))
 
     def all_groups(self, *, experts: bool) -> list[Group]:
-        """Every group in the order in which all ranks make them: axis by axis, those of the experts last and only if there are any."""
-        order = [*AXES, *FLAT, *((a for a in EXPERT_AXES if a not in AXES) if experts else ())]
+        """Every group in the order in which all ranks make them: axis by axis, those of the experts last and only if there are any.
+
+        The experts' mesh has groups of pp and dp_replicate of its own. A group of all ranks is the world's, which is there already.
+        """
+        shared = [axis for axis in EXPERT_AXES if axis in AXES]
+        order = [*AXES, *FLAT, *((*shared, *self.expert_axes) if experts else ())]
         return [group for axis in order for group in self.groups(axis)]
 
 
 def _root(axis: str) -> tuple[str, ...]:
     """The axes of the mesh that `axis` belongs to."""
-    return AXES if axis in AXES or axis in FLAT else EXPERT_AXES
+    return AXES if axis in AXES or axis in FLAT else EXPERT_AXES if axis in EXPERT_AXES else NODE_AXES

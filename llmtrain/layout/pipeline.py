@@ -20,6 +20,8 @@ class PipelinePlan:
     """Blocks of each stage."""
     copies_embedding: bool
     """Whether the last stage holds the token embedding too."""
+    pairs: bool = False
+    """Whether a forward and a backward are to overlap."""
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> "PipelinePlan":
@@ -36,7 +38,8 @@ class PipelinePlan:
             ranks=parallel.pp,
             placement=placement_of(kind),
         )
-        return cls(kind, parallel.pp, virtual, layers, model.tie_embeddings or model.mtp.heads > 0)
+        copies = model.tie_embeddings or model.mtp.heads > 0
+        return cls(kind, parallel.pp, virtual, layers, copies, parallel.overlap_micro_batches)
 
     @property
     def stages(self) -> int:
@@ -63,7 +66,7 @@ class PipelinePlan:
 
     def schedule(self, micro_batches: int) -> Schedule:
         """Who does what when in a step of so many micro-batches; raises UserError for a number that the schedule cannot serve."""
-        return build(self.kind, ranks=self.ranks, virtual_stages=self.virtual, micro_batches=micro_batches)
+        return build(self.kind, ranks=self.ranks, virtual_stages=self.virtual, micro_batches=micro_batches, pairs=self.pairs)
 
     def describe(self, micro_batches: int) -> str:
         """The stages, and the share of a step in which ranks wait for others if B = 2 F and nothing is sent, in one line."""

@@ -37,6 +37,7 @@ _ORDERS = {
     "zbv": orders.zbv,
     "dualpipev": orders.dualpipev,
 }
+_PAIRS = {"dualpipev": orders.dualpipev, "interleaved": orders.interleaved_pairs}
 KINDS = tuple(_ORDERS)
 
 
@@ -51,7 +52,7 @@ def placement_of(kind: str) -> Placement:
 
 
 @lru_cache(maxsize=64)
-def build(kind: str, *, ranks: int, virtual_stages: int, micro_batches: int) -> Schedule:
+def build(kind: str, *, ranks: int, virtual_stages: int, micro_batches: int, pairs: bool = False) -> Schedule:
     """The compute actions of every rank.
 
     Args:
@@ -59,6 +60,7 @@ def build(kind: str, *, ranks: int, virtual_stages: int, micro_batches: int) -> 
         ranks: ranks along pp.
         virtual_stages: stages per rank.
         micro_batches: micro-batches per optimizer step that pass through one pipeline.
+        pairs: let a forward and a backward come in pairs that may overlap (parallel.overlap_micro_batches).
 
     Raises:
         UserError: the combination has no such schedule; names the options to change.
@@ -67,7 +69,13 @@ def build(kind: str, *, ranks: int, virtual_stages: int, micro_batches: int) -> 
     if kind not in _ORDERS:
         raise UserError(f"parallel.schedule {kind!r} is unknown; allowed are auto, {', '.join(KINDS)}")
     _check(kind, ranks=ranks, virtual_stages=virtual_stages, micro_batches=micro_batches)
-    actions = tuple(tuple(_ORDERS[kind](rank, ranks, virtual_stages, micro_batches)) for rank in range(ranks))
+    if pairs and kind not in _PAIRS:
+        raise UserError(
+            f"parallel.overlap_micro_batches: schedule {kind} has no pairs of a forward and a backward; set parallel.schedule to "
+            f"{' or '.join(_PAIRS)} (with parallel.virtual_stages 2 or more), or overlap_micro_batches to false"
+        )
+    order = (_PAIRS if pairs else _ORDERS)[kind]
+    actions = tuple(tuple(order(rank, ranks, virtual_stages, micro_batches)) for rank in range(ranks))
     return Schedule(kind, ranks, ranks * virtual_stages, micro_batches, placement_of(kind), actions)
 
 

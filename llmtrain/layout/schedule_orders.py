@@ -88,6 +88,23 @@ def interleaved(rank: int, p: int, v: int, n: int) -> list[Action]:
     return _alternate(_by_rounds(stages, sizes), _by_rounds(stages[::-1], sizes), warmup=warmup, n=n)
 
 
+def interleaved_pairs(rank: int, p: int, v: int, n: int) -> list[Action]:
+    """The same with one more forward ahead, so that each F and the B after it are of different micro-batches and may overlap.
+
+    As MindSpeed's --moe-fb-overlap.
+    """
+    stages, sizes = range(rank, p * v, p), rounds(n, p)
+    forwards, backwards = _by_rounds(stages, sizes), _by_rounds(stages[::-1], sizes)
+    order, warmup = _Order(n), min((v - 1) * sizes[0] + 2 * (p - 1 - rank) + 1, n * v)
+    for stage in forwards[:warmup]:
+        order.forward(stage)
+    for forward, backward in zip(forwards[warmup:], backwards):
+        order.overlap(forward, backward)
+    for stage in backwards[n * v - warmup :]:
+        order.backward(stage)
+    return order.actions
+
+
 def zero_bubble(rank: int, p: int, v: int, n: int) -> list[Action]:
     """Backwards split in inputs and weights, the latter `rank` steps behind (ZB-H1, arXiv 2401.10241 section 2), over v stages.
 

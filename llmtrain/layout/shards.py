@@ -5,31 +5,13 @@ transformer.
 """
 
 from collections.abc import Iterator
-from math import prod
 from typing import NamedTuple
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
 from llmtrain.layout.mesh import EXPERT_AXES, MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
-
-
-class Weight(NamedTuple):
-    """A parameter as tensor and expert parallelism leave it on one rank, before FSDP shards its first dim."""
-
-    shape: tuple[int, ...]
-    name: str = ""
-    split: bool = False
-    """Whether ranks of tp hold different parts; else each has a partial sum of its gradient."""
-
-    def padded(self, ranks: int) -> int:
-        """Elements of one shard as it travels: FSDP2 pads the first dim to a multiple of `ranks`."""
-        return -(-self.shape[0] // ranks) * prod(self.shape[1:])
-
-    def held(self, ranks: int, index: int) -> int:
-        """Elements of shard `index` of `ranks`, without padding."""
-        rows = -(-self.shape[0] // ranks)
-        return max(0, min(rows, self.shape[0] - index * rows)) * prod(self.shape[1:])
+from llmtrain.layout.weights import Weight, beside_experts, experts, norm
 
 
 class Unit(NamedTuple):
@@ -59,7 +41,7 @@ class Shards:
         self.cfg, self.shape, self.model = cfg, shape, cfg.model
         self.place, self.expert_place = shape.place(rank), shape.place(rank, EXPERT_AXES)
         self.plan = PipelinePlan.from_config(cfg) if shape.pp > 1 else None
-        self.shared_experts = shape.ep > 1 or shape.etp > 1
+        self.experts_apart = shape.ep > 1 or shape.etp > 1
         self.sharded = shape.shares_parameters
 
     def stages(self) -> list[int]:
@@ -101,8 +83,10 @@ class Shards:
     def units(self, stage: int) -> list[Unit]:
         """What FSDP gathers in one collective each."""
         heads = range(self.model.mtp.heads if self.last(stage) else 0)
-        names = [f"blocks.{i}." for i in self.blocks(stage)] + [f"mtp.{i}.block." for i in heads]
-        found = [unit for name in names for unit in self._block(name, stays=name == names[-1])]
+        blocks = {f"blocks.{i}.": self.model.of_block(i) for i in self.blocks(stage)}
+        blocks |= {f"mtp.{i}.block.": self.model for i in heads}
+        last = next(reversed(blocks), None)
+        found = [unit for name, model in blocks.items() for unit in self._block(model, name, stays=name == last)]
         found += self._ends(stage)
         rest = tuple(self._rest(stage))
         return found + ([Unit("rest", rest, stays=True)] if rest else [])
@@ -114,8 +98,8 @@ class Shards:
         if self._embeds(stage):
             yield Unit("embedding", (self._table("embedding.weight"),))
         if self.last(stage):
-            norm = () if self.model.mtp.heads else tuple(_norm(self.model, "final_norm."))
-            yield Unit("head", (*norm, self._table("head.weight")), stays=True)
+            before = () if self.model.mtp.heads else tuple(norm(self.model, "final_norm."))
+            yield Unit("head", (*before, self._table("head.weight")), stays=True)
 
     def _one_table(self, stage: int) -> bool:
         return self.model.tie_embeddings and self.last(stage)
@@ -136,60 +120,16 @@ class Shards:
             yield Weight((model.max_seq_len, model.hidden), "position_embedding.weight")
         if self.last(stage):
             if self._one_table(stage) or model.mtp.heads:
-                yield from _norm(model, "final_norm.")
+                yield from norm(model, "final_norm.")
             for i in range(model.mtp.heads):
-                yield from _norm(model, f"mtp.{i}.hidden_norm.")
-                yield from _norm(model, f"mtp.{i}.embedding_norm.")
+                yield from norm(model, f"mtp.{i}.hidden_norm.")
+                yield from norm(model, f"mtp.{i}.embedding_norm.")
                 yield Weight((model.hidden, 2 * model.hidden), f"mtp.{i}.proj.weight")
 
-    def _block(self, name: str, *, stays: bool) -> list[Unit]:
-        moe = self.model.ffn.kind == "moe"
-        experts = tuple(self._experts(name + "ffn.experts.")) if moe else ()
-        weights = [*self._attention(name), *(self._router(name) if moe else self._dense(name + "ffn."))]
-        if moe and self.shared_experts:
-            return [Unit("experts", experts, stays), Unit("block", tuple(weights), stays)]
-        return [Unit("block", (*weights, *experts), stays)]
-
-    def _attention(self, name: str) -> Iterator[Weight]:
-        model, a, d, tp = self.model, self.model.attention, self.model.head_dim, self.shape.tp
-        norms = ["attention_norm.", "ffn_norm."]
-        norms += [] if model.norm.placement == "pre" else ["post_attention_norm.", "post_ffn_norm."]
-        for norm in norms:
-            yield from _norm(model, name + norm)
-        split_kv = model.kv_heads >= tp
-        for proj, heads, split in (("q", a.heads, True), ("k", model.kv_heads, split_kv), ("v", model.kv_heads, split_kv)):
-            rows = heads * d // (tp if split else 1)
-            yield Weight((rows, model.hidden), f"{name}attention.{proj}_proj.weight", split)
-            if a.qkv_bias:
-                yield Weight((rows,), f"{name}attention.{proj}_proj.bias", split)
-        yield Weight((model.hidden, a.heads * d // tp), f"{name}attention.out_proj.weight", True)
-        if a.out_bias:
-            yield Weight((model.hidden,), f"{name}attention.out_proj.bias")
-        if a.qk_norm:
-            yield from (Weight((d,), f"{name}attention.{x}_norm.weight") for x in "qk")
-
-    def _dense(self, name: str) -> Iterator[Weight]:
-        ffn, hidden, width = self.model.ffn, self.model.hidden, self.model.ffn.hidden // self.shape.tp
-        for proj in ("gate_proj", "up_proj") if ffn.activation == "swiglu" else ("up_proj",):
-            yield Weight((width, hidden), f"{name}{proj}.weight", True)
-            if ffn.bias:
-                yield Weight((width,), f"{name}{proj}.bias", True)
-        yield Weight((hidden, width), f"{name}down_proj.weight", True)
-        if ffn.bias:
-            yield Weight((hidden,), f"{name}down_proj.bias")
-
-    def _router(self, name: str) -> Iterator[Weight]:
-        yield Weight((self.model.ffn.experts, self.model.hidden), f"{name}ffn.router.weight")
-
-    def _experts(self, name: str) -> Iterator[Weight]:
-        ffn, hidden = self.model.ffn, self.model.hidden
-        count, width = ffn.experts // self.shape.ep, ffn.hidden // self.shape.etp
-        for proj in ("gate_proj", "up_proj") if ffn.activation == "swiglu" else ("up_proj",):
-            yield Weight((count, hidden, width), name + proj, self.shared_experts)
-        yield Weight((count, width, hidden), name + "down_proj", self.shared_experts)
-
-
-def _norm(model: ModelConfig, name: str) -> Iterator[Weight]:
-    yield Weight((model.hidden,), name + "weight")
-    if model.norm.kind == "layer_norm":
-        yield Weight((model.hidden,), name + "bias")
+    def _block(self, model: ModelConfig, name: str, *, stays: bool) -> list[Unit]:
+        """Of the block `name`, which `model` describes."""
+        weights = tuple(beside_experts(model, self.shape, name))
+        stacks = tuple(experts(model, self.shape, name)) if model.ffn.kind == "moe" else ()
+        if stacks and self.experts_apart:
+            return [Unit("experts", stacks, stays), Unit("block", weights, stays)]
+        return [Unit("block", (*weights, *stacks), stays)]

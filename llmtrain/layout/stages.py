@@ -6,28 +6,37 @@ loss and multi-token prediction with the last.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import flops_per_token, matmul_parameters, mean_keys
+from llmtrain.config.parameters import block_matmul_parameters, flops_per_token, mean_keys
 from llmtrain.errors import UserError
 from llmtrain.layout.schedule_actions import Placement, stage_rank
 
 
 @dataclass(frozen=True)
 class PartCosts:
-    """FLOPs of forward and backward per token: of one block, the embedding, the head with its loss, and all of multi-token prediction."""
+    """FLOPs of forward and backward per token: of the mean block, the embedding, the head with its loss, and all of multi-token
+    prediction."""
 
     block: float = 1.0
     embedding: float = 0.0
     head: float = 0.0
     mtp: float = 0.0
+    blocks: tuple[float, ...] | None = None
+    """Of every block, if they are not alike: the dense ones before experts."""
 
     def of_stages(self, layers: Sequence[int]) -> tuple[float, ...]:
         """The cost of every stage if they hold `layers` blocks."""
-        return tuple(count * self.block + extra for count, extra in zip(layers, self._extras(len(layers))))
+        if self.blocks is None:
+            inside = [count * self.block for count in layers]
+        else:
+            ends = list(accumulate(layers))
+            inside = [sum(self.blocks[end - count : end]) for end, count in zip(ends, layers)]
+        return tuple(cost + extra for cost, extra in zip(inside, self.extras(len(layers))))
 
-    def _extras(self, stages: int) -> list[float]:
-        """What a stage costs without blocks."""
+    def extras(self, stages: int) -> list[float]:
+        """What each stage costs without blocks."""
         extras = [0.0] * stages
         extras[0] += self.embedding
         extras[-1] += self.head + self.mtp
@@ -35,20 +44,23 @@ class PartCosts:
 
 
 def costs(model: ModelConfig, seq_len: int) -> PartCosts:
-    """The costs of `model` on sequences of `seq_len` tokens, in closed form; layers x block + the rest is config's flops_per_token.
+    """The costs of `model` on sequences of `seq_len` tokens, in closed form; they add up to config's flops_per_token.
 
     An embedding is a lookup and costs nothing, a head of V entries 6 V D, a head of multi-token prediction a block, the projection from
-    2D to D and another pass of the head. Blocks count as their mean: the dense ones before experts are made to cost about as much.
+    2D to D and another pass of the head.
 
     Raises:
         ConfigError: model.vocab_size is not set.
     """
     heads = model.mtp.heads
     attention = 6.0 * model.attention.heads * (model.head_dim + model.value_head_dim) * mean_keys(model, seq_len)
-    block = 6.0 * matmul_parameters(model) / (model.layers + heads) + attention
-    rest = flops_per_token(model, seq_len) - model.layers * block
+    block, first = (6.0 * block_matmul_parameters(one) + attention for one in (model, model.of_block(0)))
+    dense = 0 if model.ffn.kind == "dense" else model.ffn.dense_layers
+    blocks = (*[first] * dense, *[block] * (model.layers - dense))
+    rest = flops_per_token(model, seq_len) - sum(blocks)
     head = (rest - heads * (block + 12.0 * model.hidden**2)) / (1 + heads)
-    return PartCosts(block=block, embedding=0.0, head=head, mtp=rest - head)
+    mean = sum(blocks) / model.layers
+    return PartCosts(block=mean, embedding=0.0, head=head, mtp=rest - head, blocks=blocks if dense else None)
 
 
 def split_layers(
@@ -81,7 +93,7 @@ def split_layers(
 def balance(
     layers: int, stages: int, *, cost: PartCosts = PartCosts(), ranks: int | None = None, placement: Placement = "loop"
 ) -> tuple[int, ...]:
-    """Blocks of each stage such that the largest cost of a stage is as small as possible.
+    """Blocks of each stage such that the largest cost of a stage is as small as possible, if every block costs the mean of them.
 
     Every stage but the first and the last has a block at least. Block after block goes to the stage that it leaves cheapest; of equals
     to the one on the rank with the least, then to the later one, as early stages keep the activations of more micro-batches.
@@ -97,7 +109,8 @@ def balance(
             f"all but the first and the last, {sum(split)}, need a block; lower parallel.pp or parallel.virtual_stages"
         )
     holder = [stage_rank(stage, ranks=ranks, placement=placement) for stage in range(stages)]
-    extras, loads = cost.of_stages([0] * stages), rank_totals(cost.of_stages(split), ranks=ranks, placement=placement)
+    extras = cost.extras(stages)
+    loads = rank_totals([extra + count * cost.block for extra, count in zip(extras, split)], ranks=ranks, placement=placement)
     for _ in range(layers - sum(split)):
         best = min(range(stages), key=lambda s: (extras[s] + (split[s] + 1) * cost.block, loads[holder[s]], -s))
         split[best] += 1

@@ -7,11 +7,13 @@ is sent is one that arrives. `calls` are what the rank hands to its process grou
 B rows of a micro-batch, L positions of a row on this rank of cp, s = L / t of them on this rank of tp, D hidden, e bytes of an activation.
 """
 
+from collections.abc import Sequence
 from math import ceil, lcm
 from typing import NamedTuple
 
 from llmtrain.config.parameters import BYTES, loss_rows
 from llmtrain.config.run import RunConfig
+from llmtrain.layout.balance import Groups
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.schedule import with_communication
 from llmtrain.layout.shards import Shards, Unit
@@ -45,8 +47,9 @@ def traffic(cfg: RunConfig, shape: MeshShape, segment: Segment, *, rank: int, sc
     """What global rank `rank` sends in one step of `segment`: rows by axis and kind, only those that occur.
 
     Axes are those of the mesh, `fsdp` (dp_shard x cp), `efsdp` (what shards experts) and `world`. Tokens are taken to go to all experts
-    alike. Validation, checkpoints and the start of a run are not part of a step. A schedule that splits backward passes (zero_bubble, zbv,
-    dualpipev) repeats collectives of tp, cp and ep in the second half; here they count once, so for these it is a lower bound.
+    alike, and none to be dropped. Validation, checkpoints and the start of a run are not part of a step. A schedule that splits backward
+    passes (zero_bubble, zbv, dualpipev) repeats collectives of tp, cp and ep in the second half; here they count once, so for these it is a
+    lower bound.
 
     Args:
         cfg: the run; model.vocab_size is set.
@@ -70,7 +73,17 @@ class _Step:
         self.high = max(4, self.e)  # of softmax, routing, and the sums of the ring
         self.forwards = 2 if cfg.train.recompute in ("selective", "full") else 1  # selective repeats collectives as well
         self.sends = self.forwards + ("permute" in cfg.train.recompute)  # of rows to their experts
+        self.widenings = self.forwards + ("mla_up" in cfg.train.recompute)  # of narrow vectors, up to the attention itself
+        self.groups = self._groups(segment)
         self._found: dict[tuple[str, str], list[float]] = {}
+
+    def _groups(self, segment: Segment) -> Groups | None:
+        """The groups of sequences over which a loss balances experts."""
+        balance = self.model.ffn.balance if self.model.ffn.kind == "moe" else None
+        if balance is None:
+            return None
+        phase = segment.phase
+        return Groups.of_step(balance, batch=segment.batch, rows=phase.micro_batch, seq_len=phase.seq_len, ranks=self.shape.dp)
 
     def rows(self) -> list[Row]:
         stages = self.shards.stages()
@@ -78,9 +91,13 @@ class _Step:
             self._tensor_ends(stage)
             for unit in self.shards.units(stage):
                 self._parameters(unit)
+            self._balance(self._mixtures(stage))
         blocks = sum(len(self.shards.blocks(stage)) + self._heads(stage) for stage in stages)
-        for branch in (self._attention, self._feed_forward, self._experts, self._context):
-            branch(self.micros * blocks)
+        mixtures = sum(map(self._mixtures, stages))
+        self._attention(self.micros * blocks)
+        self._context(self.micros * blocks)
+        self._dense(self.micros * (blocks - mixtures))
+        self._experts(self.micros * mixtures)
         self._pipeline()
         self._gradient_sum()
         self._scalars()
@@ -95,6 +112,12 @@ class _Step:
 
     def _heads(self, stage: int) -> int:
         return self.model.mtp.heads if self.shards.last(stage) else 0
+
+    def _mixtures(self, stage: int) -> int:
+        """Blocks of `stage`, those of multi-token prediction included, that are mixtures of experts."""
+        if self.model.ffn.kind != "moe":
+            return 0
+        return sum(index >= self.model.ffn.dense_layers for index in self.shards.blocks(stage)) + self._heads(stage)
 
     # --- activations --------------------------------------------------------------------------------------------------------------
 
@@ -112,39 +135,71 @@ class _Step:
             self._add("tp", "reduce_scatter", passes, hidden, tp, pieces=pieces)
 
     def _attention(self, times: int) -> None:
-        self._branch(times, positions=self.local)
+        a = self.model.attention
+        if a.kind == "mla":
+            self._branch(times, [a.query_rank or self.model.hidden, a.kv_rank], positions=self.local, gathers=self.widenings)
+            shared = self.batch * self.local * a.rope_dim * self.e
+            self._add("tp", "all_gather", times * self.widenings, shared, self.shape.tp)
+            self._add("tp", "reduce_scatter", times, shared, self.shape.tp)
+        else:
+            self._branch(times, [self.model.hidden], positions=self.local, gathers=self.forwards)
 
-    def _feed_forward(self, times: int) -> None:
-        if self.model.ffn.kind == "dense":
-            self._branch(times, positions=self.batch * self.local)
+    def _dense(self, times: int) -> None:
+        self._branch(times, [self.model.hidden], positions=self.batch * self.local, gathers=self.forwards)
 
-    def _branch(self, times: int, *, positions: int) -> None:
-        """Columns and rows of a branch: gathered and scattered going forward; backward twice gathered, once scattered."""
+    def _branch(self, times: int, widths: Sequence[int], *, positions: int, gathers: int) -> None:
+        """Rows of these widths are gathered, so often going forward, for products split by columns; what a product split by rows gives is
+        scattered. Backward, rows are gathered again and their gradients scattered, and the gradient of what was scattered is gathered."""
         tp, pieces = self.shape.tp, max(1, min(self.cfg.parallel.tp_chunks, positions))
-        hidden = self.batch * self.local * self.model.hidden * self.e
-        self._add("tp", "all_gather", times * (self.forwards + 2), hidden, tp, pieces=pieces)
-        self._add("tp", "reduce_scatter", times * (self.forwards + 1), hidden, tp, pieces=pieces)
+        rows = self.batch * self.local * self.e
+        for width in widths:
+            self._add("tp", "all_gather", times * (gathers + 1), rows * width, tp, pieces=pieces)
+            self._add("tp", "reduce_scatter", times, rows * width, tp, pieces=pieces)
+        self._add("tp", "reduce_scatter", times * self.forwards, rows * self.model.hidden, tp, pieces=pieces)
+        self._add("tp", "all_gather", times, rows * self.model.hidden, tp, pieces=pieces)
 
     def _experts(self, times: int) -> None:
-        if self.model.ffn.kind != "moe":
+        if not times:
             return
         tokens, k, etp, ep = self.batch * self.local, self.model.ffn.top_k, self.shape.etp, self.shape.ep
-        hidden, sends = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.sends
+        hidden, forwards, sends = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.forwards, times * self.sends
+        if self.model.ffn.capacity is not None:  # whole sequences decide what finds room: probabilities and numbers of experts
+            self._add("tp", "all_gather", forwards, 2 * tokens * k * self.high, self.shape.tp)
+            self._add("cp", "all_gather", forwards, 2 * tokens * self.shape.tp * k * self.high, self.shape.cp)
         # The width of experts is split: tokens, probabilities and numbers of experts are gathered, results scattered.
         self._add("tp", "all_gather", sends + times, hidden, etp)
         self._add("tp", "all_gather", sends, tokens * k * self.high, etp)
         self._add("tp", "all_gather", sends, tokens * k * 8, etp)
         self._add("tp", "reduce_scatter", times * (self.forwards + 1), hidden, etp)
         self._add("tp", "reduce_scatter", times, tokens * k * self.high, etp)
+        if self.shape.ep_inner is not None:
+            self._nodes(times, tokens=etp * tokens, hidden=etp * hidden)
+            return
         # Rows to the experts and back, and how many there are.
         self._add("ep", "all_to_all", sends, 8 * self.model.ffn.experts, ep)
         self._add("ep", "all_to_all", sends + times * (self.forwards + 2), etp * k * hidden, ep)
 
+    def _nodes(self, times: int, *, tokens: int, hidden: float) -> None:
+        """Hierarchical dispatch of so many tokens, of `hidden` bytes."""
+        sends, k, experts = times * self.sends, self.model.ffn.top_k, self.model.ffn.experts
+        inner, outer = self.shape.ep_inner, self.shape.ep_outer
+        # To the other nodes: how many go to each expert, tokens with probabilities and numbers of experts; and sums of results back.
+        self._add("ep_outer", "all_gather", sends, 8 * (experts + 1), outer)
+        self._add("ep_outer", "all_gather", sends + times, hidden, outer)
+        self._add("ep_outer", "all_gather", sends, tokens * k * self.high, outer)
+        self._add("ep_outer", "all_gather", sends, tokens * k * 8, outer)
+        self._add("ep_outer", "reduce_scatter", times * (self.forwards + 1), hidden, outer)
+        self._add("ep_outer", "reduce_scatter", times, tokens * k * self.high, outer)
+        # Within the node as many rows as without nodes, since each of them gets its share of the tokens of all.
+        self._add("ep_inner", "all_to_all", sends, 8 * experts // outer, inner)
+        self._add("ep_inner", "all_to_all", sends + times * (self.forwards + 2), k * hidden, inner)
+
     def _context(self, times: int) -> None:
-        n, d, tp = self.shape.cp, self.model.head_dim, self.shape.tp
-        forwards, places = times * self.forwards, self.batch * self.local * tp  # B L
+        n, d, dv, tp = self.shape.cp, self.model.head_dim, self.model.value_head_dim, self.shape.tp
+        ring = self.cfg.parallel.cp_kind == "ring"  # on which queries, keys and values alone are made again
+        forwards, places = times * (self.forwards if ring else self.widenings), self.batch * self.local * tp  # B L
         heads, kv_heads = self.model.attention.heads // tp, max(1, self.model.kv_heads // tp)
-        keys_values = places * 2 * d * kv_heads
+        keys_values = places * (d + dv) * kv_heads
         match self.cfg.parallel.cp_kind:
             case "all_gather":
                 self._add("cp", "all_gather", forwards, keys_values * self.e, n)
@@ -153,9 +208,23 @@ class _Step:
                 self._add("cp", "send", (n - 1) * (forwards + times), keys_values * self.e, n)
                 self._add("cp", "send", (n - 1) * times, keys_values * self.high, n)
             case "ulysses":
-                there = places * d * (heads + 2 * lcm(kv_heads, n)) * self.e
+                there = places * (d * heads + (d + dv) * lcm(kv_heads, n)) * self.e
                 self._add("cp", "all_to_all", forwards + times, there, n)
-                self._add("cp", "all_to_all", forwards + times, places * d * heads * self.e, n)
+                self._add("cp", "all_to_all", forwards + times, places * dv * heads * self.e, n)
+
+    def _balance(self, mixtures: int) -> None:
+        """Choices of each expert in every group of sequences, summed over the ranks that share these, for all layers of a stage at once."""
+        if not mixtures or self.groups is None:
+            return
+        together = self._together()
+        _, number = self.groups.numbered(together, 0)
+        size = number * mixtures * self.model.ffn.experts * 8
+        for axis in ("tp", "cp", *(("dp_shard", "dp_replicate") if self.groups.over_ranks else ())):
+            self._add(axis, "all_reduce", self.micros // together, size, getattr(self.shape, axis))
+
+    def _together(self) -> int:
+        """Micro-batches that are forwarded before the first of them is differentiated, as they share what balances experts."""
+        return self.groups.window if self.groups is not None and self.shards.plan is None else 1
 
     def _pipeline(self) -> None:
         plan, place = self.shards.plan, self.shards.place["pp"]
@@ -188,11 +257,18 @@ class _Step:
             return 1, 1
         again = self.cfg.parallel.reshard_after_forward and not unit.stays
         if unit.kind != "embedding":
-            return self.micros * (1 + again), 1
+            return self.micros * (1 + again) + self._in_vain(unit), 1
         # Its backward pass does not need it. Multi-token prediction embeds in between: after the first of these backward passes FSDP2 takes
         # it to be done, and gathers it for the others.
         more = self.model.mtp.heads
         return self.micros * (1 + more * (1 + again)), 1 + (more > 0)
+
+    def _in_vain(self, unit: Unit) -> int:
+        """At the end of the first of several backward passes that follow several forward passes, FSDP2 gathers ahead what the forward pass
+        before the last one ended with: the head, unless the root has parameters, which are still there."""
+        root = self.model.tie_embeddings or self.model.position.kind == "learned" or self.model.mtp.heads > 0
+        together = self._together()
+        return self.micros // together if unit.kind == "head" and together > 1 and not root else 0
 
     def _scalars(self) -> None:
         """Targets, over ranks that read different samples; loss and gradient norm in one; whether a rank was asked to stop."""

@@ -18,6 +18,7 @@ class LatentAttention(Attention):
     def __init__(self, cfg: ModelConfig, *, ops):
         nn.Module.__init__(self)
         a, self.ops = cfg.attention, ops
+        eps = a.norm_eps or cfg.norm.eps
         self.head_dim, self.rope_dim, self.kv_rank = cfg.head_dim, a.rope_dim, a.kv_rank
         self.kv_dims = [a.nope_dim, a.value_dim]
         # The op divides by the root of the head dim, whatever is in its way; another scale goes into the queries.
@@ -25,10 +26,10 @@ class LatentAttention(Attention):
         self.q_down_proj = self.q_norm = None
         if a.query_rank is not None:
             self.q_down_proj = nn.Linear(cfg.hidden, a.query_rank, bias=False)
-            self.q_norm = RMSNorm(a.query_rank, cfg.norm.eps, ops=ops)
+            self.q_norm = RMSNorm(a.query_rank, eps, ops=ops)
         self.q_up_proj = nn.Linear(a.query_rank or cfg.hidden, a.heads * cfg.head_dim, bias=False)
         self.kv_down_proj = nn.Linear(cfg.hidden, a.kv_rank + a.rope_dim, bias=False)
-        self.kv_norm = RMSNorm(a.kv_rank, cfg.norm.eps, ops=ops)
+        self.kv_norm = RMSNorm(a.kv_rank, eps, ops=ops)
         self.kv_up_proj = nn.Linear(a.kv_rank, a.heads * sum(self.kv_dims), bias=False)
         self.out_proj = nn.Linear(a.heads * a.value_dim, cfg.hidden, bias=False)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
@@ -51,6 +52,16 @@ class MoE(nn.Module):
         """The experts [N,k] of each token that have room for it, their number for none."""
         if self.capacity is None:
             return choice.ids
-        groups = max(1, x.shape[0] // self.capacity.sequences)
-        room = math.ceil(self.capacity.factor * choice.ids.numel() / (groups * self.count))
-        return within_capacity(choice.probs, choice.ids, self.count, groups=groups, capacity=room)
+        return self.admit(choice.probs.detach(), choice.ids, rows=x.shape[0])
+
+    def admit(self, probs: Tensor, ids: Tensor, *, rows: int) -> Tensor:
+        """The same for probs and ids [N,k] of `rows` whole sequences; where a rank holds parts of sequences, this is replaced.
+
+        Sequences that are left over, as of the last batch of a validation, have the room of a whole group.
+        """
+        tokens = self.capacity.sequences * len(ids) // rows
+        room = math.ceil(self.capacity.factor * self.top_k * tokens / self.count)
+        groups = len(ids) // tokens
+        runs = [(slice(groups * tokens), groups), (slice(groups * tokens, None), 1)]
+        parts = [within_capacity(probs[run], ids[run], self.count, groups=count, capacity=room) for run, count in runs if len(ids[run])]
+        return torch.cat(parts)

@@ -50,6 +50,14 @@ class Router(nn.Module):
         biased = self.options.bias_rate is not None
         self.register_buffer("bias", torch.empty(cfg.ffn.experts, dtype=torch.float32) if biased else None)
 
+    def _apply(self, fn, recurse=True):
+        # In 16 bits the bias would be rounded, and choose other experts; its steps would be lost.
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.bias.dtype.itemsize < 4:
+            self.bias = bias.to(self.bias.device)
+        return self
+
     def forward(self, x: Tensor) -> Choice:
         options, precise = self.options, torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(precise), self.weight.to(precise))  # [N,E]
@@ -105,11 +113,18 @@ def highest(scores: Tensor, k: int) -> Tensor:
 
 def within_capacity(probs: Tensor, ids: Tensor, experts: int, *, groups: int, capacity: int) -> Tensor:
     """`ids` [N,k] with `experts` in the place of choices that find no room: of each of `groups` equal runs of tokens an expert takes the
-    `capacity` choices with the highest `probs` [N,k], of equal ones the first."""
+    `capacity` choices with the highest `probs` [N,k], of equal ones the first.
+
+    Equal is what agrees in 15 binary digits: tokens that are alike, as documents' first ones often are, differ by rounding alone, which is
+    not the same on every mesh.
+    """
     flat = ids.flatten()
     group = torch.arange(len(flat), device=ids.device) // (len(flat) // groups)
     place = group * experts + flat  # which expert's room for which group
-    order = probs.detach().flatten().argsort(descending=True, stable=True)
+    digits = (
+        probs.detach().flatten().to(torch.float32).view(torch.int32) + 256
+    ) >> 9  # in the order of the numbers, which are not negative
+    order = digits.argsort(descending=True, stable=True)
     order = order[place[order].argsort(stable=True)]
     sizes = torch.bincount(place, minlength=groups * experts)
     first = sizes.cumsum(0) - sizes

@@ -1,7 +1,6 @@
 """The decoder-only transformer: embedding, blocks, final norm, head."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -118,7 +117,7 @@ class Transformer(nn.Module):
         if cache is not None and mask.documents is not None:
             raise ValueError("a KV cache holds one document per row; the mask must have documents=None")
         window = self.cfg.attention.window
-        return mask if window is None else replace(mask, window=window)
+        return mask if window is None else mask.windowed(window)
 
     def _tie(self) -> None:
         if self.cfg.tie_embeddings and self.head is not None and self.head.weight is not self.embedding.weight:

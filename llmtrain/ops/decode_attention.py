@@ -67,13 +67,25 @@ def decode_attention_reference(
     return (scores.softmax(-1) @ value).to(q.dtype)
 
 
-def _can_serve(call: Call) -> str | None:
-    if call.value_head_dim not in (None, call.head_dim):
-        return "wants values as wide as keys"
+def _seen_by_all(k: Tensor, v: Tensor, lengths: KeyLengths, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The keys and values that some query sees, as far as a slice can say, and what is added to scores to hide the others."""
+    if lengths.equal and window is not None:  # the same keys for all rows: those of the window
+        k, v = k[:, :, -window:], v[:, :, -window:]
+        window = None
+    return k, v, lengths.bias(window, k.dtype, k.device) if lengths.hides(window) else None
+
+
+def _differ(call: Call) -> bool:
+    return call.value_head_dim not in (None, call.head_dim)
+
+
+def _sdpa_supports(call: Call) -> str | None:
+    if _differ(call) and call.device == "npu":
+        return "wants values as wide as keys on npu"
     return sdpa_supports(call)
 
 
-@register("decode_attention", "sdpa", speed=1, supports=_can_serve)
+@register("decode_attention", "sdpa", speed=1, supports=_sdpa_supports)
 def decode_attention_sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, lengths: KeyLengths, window: int | None = None, scale: float | None = None
 ) -> Tensor:
@@ -81,10 +93,26 @@ def decode_attention_sdpa(
     keys are read once and never repeated."""
     check_decode(q, k, v, lengths)
     heads = q.shape[1]
-    if lengths.equal and window is not None:  # the same keys for all rows: those of the window
-        k, v = k[:, :, -window:], v[:, :, -window:]
-        window = None
-    bias = lengths.bias(window, q.dtype, q.device) if lengths.hides(window) else None
+    k, v, bias = _seen_by_all(k, v, lengths, window)
     q = q.view(q.shape[0], k.shape[1], heads // k.shape[1], q.shape[3])  # [B,K,H/K,d]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.view(out.shape[0], heads, 1, out.shape[3])
+
+
+def _products_support(call: Call) -> str | None:
+    return None if _differ(call) else "is made for values of another width than keys"
+
+
+@register("decode_attention", "products", devices=("cpu",), dtypes=(torch.float64, torch.float32), speed=2, supports=_products_support)
+def decode_attention_products(
+    q: Tensor, k: Tensor, v: Tensor, *, lengths: KeyLengths, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """The same by two matrix products, which copy neither keys nor values. On the CPU scaled_dot_product_attention has no kernel for
+    values of another width than keys, and multiplies all keys by the root of the scale."""
+    check_decode(q, k, v, lengths)
+    heads = q.shape[1]
+    k, v, bias = _seen_by_all(k, v, lengths, window)
+    q = q.view(q.shape[0], k.shape[1], heads // k.shape[1], q.shape[3]) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = q @ k.transpose(-1, -2)  # [B,K,H/K,T]
+    out = (scores if bias is None else scores + bias).softmax(-1) @ v
     return out.view(out.shape[0], heads, 1, out.shape[3])

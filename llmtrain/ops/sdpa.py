@@ -5,7 +5,8 @@ only pieces that are neither (a window, or several queries after a cache) get a 
 """
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,31 +73,22 @@ class _Lowering:
     """One call's mask, lowered to SDPA calls. Positions are absolute: query i at q_offset + i, key j at kv_offset + j."""
 
     def __init__(self, mask: Mask, *, scale: float, q_offset: int, kv_offset: int):
-        self.causal, self.window, self.rows = mask.causal, mask.window, mask.documents
+        self.mask, self.causal, self.window = mask, mask.causal, mask.window
         self.scale, self.q_offset, self.kv_offset = scale, q_offset, kv_offset
 
     def documents(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Batch rows with one document layout share calls; rows come back in their order."""
-        assert self.rows is not None
-        layouts: dict[tuple[int, ...], list[int]] = {}
-        for row, lengths in enumerate(self.rows):
-            layouts.setdefault(lengths, []).append(row)
+        layouts, back = self.mask.once("layouts", _layouts)
         if len(layouts) == 1:
-            return self.row(q, k, v, self.rows[0])
-        outs, order = [], []
-        for lengths, rows in layouts.items():
-            outs.append(self.row(*(_rows(x, rows) for x in (q, k, v)), lengths))
-            order += rows
-        out = torch.cat(outs)
-        back = torch.tensor(order).argsort().tolist()
-        return out if back == sorted(back) else out[back]
+            return self.row(q, k, v, layouts[0].spans)
+        out = torch.cat([self.row(*(_rows(x, rows) for x in (q, k, v)), spans) for rows, spans in layouts])
+        return out if back is None else out[back]
 
-    def row(self, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-        """Batch rows of one layout: the pieces of the query axis, in order, joined."""
+    def row(self, q: Tensor, k: Tensor, v: Tensor, spans: list[tuple[int, int]] | None) -> Tensor:
+        """Batch rows of one layout, whose documents lie at `spans`: the pieces of the query axis, in order, joined."""
         first, last = self.q_offset, self.q_offset + q.shape[2]
-        spans = _spans(lengths) if lengths is not None else [(0, max(last, self.kv_offset + k.shape[2]))]
         outs = []
-        for start, end in spans:
+        for start, end in spans or [(0, max(last, self.kv_offset + k.shape[2]))]:
             lo, hi = max(start, first), min(end, last)
             if lo < hi:
                 outs += self.span(q, k, v, (lo, hi), (max(start, self.kv_offset), min(end, self.kv_offset + k.shape[2])))
@@ -175,11 +167,23 @@ class _Lowering:
         return q.new_zeros(q.shape[0], q.shape[1], length, v.shape[-1])
 
 
-def _spans(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for length in lengths:
-        yield start, start + length
-        start += length
+class _Layout(NamedTuple):
+    """Batch rows with the same documents, and where those begin and end."""
+
+    rows: list[int]
+    spans: list[tuple[int, int]]
+
+
+def _layouts(mask: Mask) -> tuple[list[_Layout], list[int] | None]:
+    """The layouts of all rows, and where each row is found when they are joined; None if that is in order."""
+    assert mask.documents is not None
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row, lengths in enumerate(mask.documents):
+        found.setdefault(lengths, []).append(row)
+    order = [row for rows in found.values() for row in rows]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    layouts = [_Layout(rows, list(pairwise(accumulate(lengths, initial=0)))) for lengths, rows in found.items()]
+    return layouts, None if back == sorted(back) else back
 
 
 def _rows(x: Tensor, rows: list[int]) -> Tensor:

@@ -52,11 +52,21 @@ def attention_tiled(
         raise ValueError("kernels.attention=tiled returns no log-sum-exp; use kernels.attention: reference")
     check_attention(q, k, v, mask, q_offset=q_offset, kv_offset=kv_offset)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rows = mask.documents if mask.documents is not None else ((q.shape[2],),) * q.shape[0]
-    longest = max(max(lengths, default=0) for lengths in rows)
+    counts, lengths, longest = mask.once("lists", _lists) if mask.documents is not None else _whole(q.shape[0], q.shape[2])
     if not mask.causal or q_offset or kv_offset or q.shape[2] != k.shape[2] or longest > LONGEST[q.element_size()]:
         return attention_sdpa(q, k, v, mask=mask, scale=scale, q_offset=q_offset, kv_offset=kv_offset)
-    return tiled_op(q, k, v, [len(lengths) for lengths in rows], [n for lengths in rows for n in lengths], mask.window or 0, scale)
+    return tiled_op(q, k, v, counts, lengths, mask.window or 0, scale)
+
+
+def _lists(mask: Mask) -> tuple[list[int], list[int], int]:
+    """Documents in every row, the lengths of all of them, and the longest."""
+    lengths = [length for row in mask.documents for length in row]
+    return [len(row) for row in mask.documents], lengths, max(lengths, default=0)
+
+
+def _whole(rows: int, length: int) -> tuple[list[int], list[int], int]:
+    """The same for rows of one document each."""
+    return [1] * rows, [length] * rows, length
 
 
 class _Tile(NamedTuple):

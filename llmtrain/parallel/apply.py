@@ -12,6 +12,7 @@ from llmtrain.device.dtypes import torch_dtype
 from llmtrain.errors import UserError
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.model.transformer import cut
+from llmtrain.parallel.capacity import apply_capacity
 from llmtrain.parallel.cast import apply_cast
 from llmtrain.parallel.choices import choices
 from llmtrain.parallel.compile import apply_compile
@@ -59,7 +60,9 @@ def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: C
     if cp is not None:
         apply_cp(model, cp)
     if mesh.experts is not None:
-        apply_ep(model, expert_mesh=mesh.experts, tp_group=mesh.group("tp"), kind=chosen.ep.name if chosen.ep else "all_to_all")
+        kind = chosen.ep.name if chosen.ep else "all_to_all"
+        apply_ep(model, expert_mesh=mesh.experts, tp_group=mesh.group("tp"), kind=kind, nodes=mesh.nodes)
+    apply_capacity(model, tp_group=mesh.group("tp"), cp=cp)
     partial = {name for name, parameter in model.named_parameters() if shape.tp > 1 and partial_over_tp(parameter)}
     if compiled:
         apply_compile(model)

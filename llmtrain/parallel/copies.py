@@ -34,11 +34,11 @@ class EmbeddingCopy:
         if original is not None and copy is not None:
             copy.copy_(original)
         elif original is not None:
-            with recorded("send", self.group):
+            with recorded("send", self.group, peer=dist.get_global_rank(self.group, self.last)):
                 dist.send(original.to(self._device).contiguous(), group=self.group, group_dst=self.last)
         elif copy is not None:
             arrived = torch.empty(copy.shape, dtype=copy.dtype, device=self._device)
-            with recorded("recv", self.group):
+            with recorded("recv", self.group, peer=dist.get_global_rank(self.group, self.first)):
                 dist.recv(arrived, group=self.group, group_src=self.first)
             copy.copy_(arrived)
 
@@ -53,7 +53,7 @@ class EmbeddingCopy:
             dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer),
             dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer),
         ]
-        with recorded("exchange", self.group):
+        with recorded("exchange", self.group, peer=dist.get_global_rank(self.group, peer)):
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
         return theirs

@@ -49,8 +49,7 @@ class Order:
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[L, ...] -> [n*L, ...], the ranks' tensors one after the other."""
-    with recorded("all_gather", group):
-        return start_gather(local, group).wait()
+    return start_gather(local, group).wait()
 
 
 class _GatherRows(torch.autograd.Function):
@@ -62,8 +61,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        with recorded("reduce_scatter", ctx.group):
-            return start_scatter_sum(ctx.order.joined(grad), ctx.group).wait(), None, None
+        return start_scatter_sum(ctx.order.joined(grad), ctx.group).wait(), None, None
 
 
 def gather_rows(local: Tensor, order: Order, group: dist.ProcessGroup) -> Tensor:

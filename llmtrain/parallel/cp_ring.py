@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.layout.sequence import Partition, Piece
 from llmtrain.ops import Ops
-from llmtrain.parallel.hang.where import recorded
+from llmtrain.parallel.hang.where import Begun, count
 
 
 class _Passing:
@@ -23,15 +23,15 @@ class _Passing:
 
     def __init__(self, sent: Tensor, group: dist.ProcessGroup):
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        after, self.before = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
-        self.group, self.sent, self.received = group, sent, torch.empty_like(sent)  # `sent` may not be freed before it is out
-        to, source = dist.P2POp(dist.isend, sent, after, group), dist.P2POp(dist.irecv, self.received, self.before, group)
-        self.works = dist.batch_isend_irecv([to, source])
+        after, before = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
+        self.sent, self.received = sent, torch.empty_like(sent)  # `sent` may not be freed before it is out
+        count("send", group, peer=after)
+        begun = Begun("recv", group, peer=before)
+        to, source = dist.P2POp(dist.isend, sent, after, group), dist.P2POp(dist.irecv, self.received, before, group)
+        self.begun = begun.by(*dist.batch_isend_irecv([to, source]))
 
     def wait(self) -> Tensor:
-        with recorded("recv", self.group, peer=self.before):
-            for work in self.works:
-                work.wait()
+        self.begun.wait()
         return self.received
 
 

@@ -3,49 +3,42 @@
 Shapes: N tokens of this rank, k experts of each, E experts, M rows that arrived here, D model width, W width of what is sent.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import UserError
 from llmtrain.model.experts import Dispatched, Experts, Meanwhile, RoutedExperts, sort_rows, unsort_rows
 from llmtrain.model.moe import MoE
-from llmtrain.ops.experts import inverse
 from llmtrain.parallel.ep_fused import FusedExperts
+from llmtrain.parallel.ep_nodes import HierarchicalDispatcher
+from llmtrain.parallel.ep_rows import Leaving, Shares
 from llmtrain.parallel.fsdp import local_tensor
+from llmtrain.parallel.mesh import NodeGroups
 from llmtrain.parallel.ops.pending import start_gather
 from llmtrain.parallel.ops.sequence import gathered_rows, summed_rows
 
 
-class Arriving(NamedTuple):
-    """Rows on their way to the experts."""
+class Sent(NamedTuple):
+    """Rows on their way to the experts, and how results find back: what `start` leaves for `wait`."""
 
-    transfer: "Transfer"
-    buffer: Tensor
-    """[M,W], filled when the transfer has been waited for."""
-    received: Tensor
-    """[ranks, experts held here] int64: rows from each rank for each expert."""
+    shares: Shares
+    leaving: Leaving
     order: Tensor
     probs: Tensor
 
 
 class Return(NamedTuple):
-    """How results find back: what `wait` leaves for `combine_start`."""
+    """What `wait` leaves for `combine_start`."""
 
-    arriving: list[int]
-    sent: list[int]
+    sent: Sent
     back: Tensor
-    """[M]: the rows sorted by expert in the order in which they arrived."""
-    order: Tensor
-    probs: Tensor
 
 
 @dataclass
@@ -64,109 +57,22 @@ class AllToAllDispatcher:
     drops: bool = False
     """As in LocalDispatcher."""
 
-    def start(self, x: Tensor, probs: Tensor, ids: Tensor) -> Arriving:
+    def start(self, x: Tensor, probs: Tensor, ids: Tensor) -> Sent:
         # At most [N k,W], sorted by expert and so by rank.
         rows, order, counts = sort_rows(self.ops, x, ids, self.experts, drops=self.drops)
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self.group)
-        by_rank = torch.stack((received, counts)).view(2, self.group.size(), -1)
-        arriving, sent = by_rank.sum(2).tolist()
-        transfer = Transfer(self.group, sent, arriving)
-        return Arriving(transfer, transfer.start(rows), by_rank[0], order, probs)
+        shares = Shares.of(counts, self.group)
+        return Sent(shares, shares.send(rows), order, probs)
 
-    def wait(self, handle: Arriving) -> Dispatched:
-        rows, received = handle.transfer.wait(handle.buffer), handle.received
-        held = torch.arange(received.shape[1], device=rows.device).repeat(len(received))
-        by_expert = held.repeat_interleave(received.flatten(), output_size=len(rows)).argsort(stable=True)
-        back = inverse(by_expert)
-        transfer = handle.transfer
-        combine = Return(transfer.arriving, transfer.sent, back, handle.order, handle.probs)
-        return Dispatched(_Reorder.apply(rows, by_expert, back), received.sum(0), combine)
+    def wait(self, handle: Sent) -> Dispatched:
+        rows, back = handle.shares.arrived(handle.leaving)
+        return Dispatched(rows, handle.shares.counts, Return(handle, back))
 
-    def combine_start(self, rows: Tensor, combine: Return) -> tuple["Transfer", Tensor, Return]:
-        transfer = Transfer(self.group, combine.arriving, combine.sent)
-        return transfer, transfer.start(_Reorder.apply(rows, combine.back, inverse(combine.back))), combine
+    def combine_start(self, rows: Tensor, combine: Return) -> tuple[Leaving, Sent]:
+        return combine.sent.shares.send_back(rows, combine.back), combine.sent
 
-    def combine_wait(self, handle: tuple["Transfer", Tensor, Return]) -> Tensor:
-        transfer, buffer, combine = handle
-        return unsort_rows(self.ops, transfer.wait(buffer), combine.order, combine.probs)
-
-
-@dataclass
-class Transfer:
-    """One asynchronous all-to-all of rows: `sent[r]` of them to rank r, `arriving[r]` from it. Differentiable; waited for once."""
-
-    group: dist.ProcessGroup
-    sent: list[int]
-    arriving: list[int]
-    _pending: tuple[dist.Work, Tensor, Tensor] | None = field(default=None, init=False)
-
-    def start(self, rows: Tensor) -> Tensor:
-        """Send rows [sum of sent, W]; returns the buffer [sum of arriving, W] that fills until `wait`."""
-        return _Start.apply(rows, self)
-
-    def wait(self, buffer: Tensor) -> Tensor:
-        """The rows that arrived, once they have."""
-        return _Wait.apply(buffer, self)
-
-    def launch(self, rows: Tensor, *, backward: bool) -> Tensor:
-        """Begin one direction. Keeps hold of what is sent until `finish`."""
-        to, of = (self.sent, self.arriving) if backward else (self.arriving, self.sent)
-        rows = rows.contiguous()
-        buffer = rows.new_empty(sum(to), *rows.shape[1:])
-        work = dist.all_to_all_single(buffer, rows, output_split_sizes=to, input_split_sizes=of, group=self.group, async_op=True)
-        self._pending = work, rows, buffer
-        return buffer
-
-    def finish(self) -> Tensor:
-        """Wait for the direction that was begun, and return its buffer."""
-        if self._pending is None:
-            raise RuntimeError("a dispatch handle was waited for twice, or never started")
-        work, _, buffer = self._pending
-        work.wait()
-        self._pending = None
-        return buffer
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
-        ctx.transfer = transfer
-        return transfer.launch(rows, backward=False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.transfer.finish(), None  # begun in the backward of _Wait
-
-
-class _Wait(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, buffer: Tensor, transfer: Transfer) -> Tensor:
-        ctx.transfer = transfer
-        transfer.finish()
-        return buffer.view_as(buffer)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.transfer.launch(grad, backward=True)
-        return grad, None  # of the buffer's shape, as autograd asks; what counts is on its way to _Start's backward
-
-
-class _Reorder(torch.autograd.Function):
-    """rows[order]; the gradient gathers too, where that of indexing would add rows up."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+    def combine_wait(self, handle: tuple[Leaving, Sent]) -> Tensor:
+        leaving, sent = handle
+        return unsort_rows(self.ops, leaving.flight.wait(leaving.buffer), sent.order, sent.probs)
 
 
 @dataclass
@@ -188,7 +94,14 @@ class SplitExperts:
         return gathered_rows(x, self.group), gathered_rows(probs, self.group), start_gather(ids, self.group).wait()
 
 
-def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.ProcessGroup | None = None, kind: str = "all_to_all") -> None:
+def apply_ep(
+    model: nn.Module,
+    *,
+    expert_mesh: DeviceMesh,
+    tp_group: dist.ProcessGroup | None = None,
+    kind: str = "all_to_all",
+    nodes: NodeGroups | None = None,
+) -> None:
     """Share the experts of every mixture of experts in `model` over the axes `ep` and `etp` of `expert_mesh`, in place.
 
     Stacks of weights become DTensors: whole experts over `ep` (Shard(0)), each expert's width F over `etp` (gate and up Shard(2), down
@@ -199,21 +112,27 @@ def apply_ep(model: nn.Module, *, expert_mesh: DeviceMesh, tp_group: dist.Proces
         model: anything that contains `MoE` layers; one without is left alone.
         expert_mesh: axes pp, dp_replicate, efsdp, ep, etp (layout.mesh.EXPERT_AXES).
         tp_group: the ranks that etp is laid over, as a group to be used instead of the mesh's own.
-        kind: `all_to_all`, or `fused` on npu (llmtrain.parallel.ep_fused).
+        kind: `all_to_all`, `hierarchical` (llmtrain.parallel.ep_nodes), or `fused` on npu (llmtrain.parallel.ep_fused).
+        nodes: the groups of hierarchical dispatch, which `ep` is cut in.
 
     Raises:
         UserError: ep does not divide the number of experts, or etp their width.
     """
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
-        _share(layer, expert_mesh, tp_group, fused=kind == "fused")
+        _share(layer, expert_mesh, tp_group, kind=kind, nodes=nodes)
 
 
 def check_ep(model: ModelConfig, *, ep: int, etp: int) -> None:
-    """Raise UserError, with the arithmetic, unless the experts of this model can be shared so."""
-    if model.ffn.kind != "moe":
-        raise UserError(f"parallel.ep {ep} and etp {etp} share experts, and model.ffn.kind {model.ffn.kind} has none; set both to 1")
+    """Raise UserError, with the arithmetic, unless the experts of this model can be shared so in training."""
+    check_shares(model, ep=ep, etp=etp)
     if etp > 1 and model.ffn.bias:
         raise UserError(f"parallel.etp {etp} splits experts, whose biases (model.ffn.bias) would be added {etp} times; set parallel.etp 1")
+
+
+def check_shares(model: ModelConfig, *, ep: int, etp: int) -> None:
+    """Raise UserError, with the arithmetic, unless this model has experts whose number and width can be divided so."""
+    if model.ffn.kind != "moe":
+        raise UserError(f"parallel.ep {ep} and etp {etp} share experts, and model.ffn.kind {model.ffn.kind} has none; set both to 1")
     _check(model.ffn.experts, model.ffn.hidden, ep=ep, etp=etp)
 
 
@@ -228,7 +147,7 @@ def _check(experts: int, width: int, *, ep: int, etp: int) -> None:
         )
 
 
-def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None, *, fused: bool) -> None:
+def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None, *, kind: str, nodes: NodeGroups | None) -> None:
     experts, (ep, etp) = layer.experts, (mesh.size(mesh.mesh_dim_names.index(axis)) for axis in ("ep", "etp"))
     count, _, width = experts.up_proj.shape
     _check(count, width, ep=ep, etp=etp)
@@ -237,20 +156,26 @@ def _share(layer: MoE, mesh: DeviceMesh, tp_group: dist.ProcessGroup | None, *, 
     experts.biases = partial(_local, experts, ("gate_bias", "up_bias", "down_bias"))
     if ep > 1:
         group = mesh.get_group("ep")
-        if fused:
+        if kind == "fused":
             layer.routed = FusedExperts(experts, group, count)
+        elif kind == "hierarchical":
+            layer.routed = RoutedExperts(experts, HierarchicalDispatcher(nodes, count))
         else:
             layer.routed = RoutedExperts(experts, AllToAllDispatcher(group, count, experts.ops, drops=layer.capacity is not None))
     if etp > 1:
         layer.routed = SplitExperts(layer.routed, tp_group or mesh.get_group("etp"))
 
 
+_BY_WIDTH = {"gate_proj": Shard(2), "up_proj": Shard(2), "down_proj": Shard(1)}
+_BY_WIDTH |= {"gate_bias": Shard(1), "up_bias": Shard(1), "down_bias": Replicate()}
+"""How the stacks of an Experts are split over etp."""
+
+
 def _shard_weights(experts: Experts, mesh: DeviceMesh, axes: list[str]) -> None:
     if not axes:
         return
     for name, parameter in list(experts.named_parameters()):
-        dims = {"ep": 0, "etp": 1 if name == "down_proj" else 2}
-        placements = [Shard(dims[axis]) for axis in axes]
+        placements = [Shard(0) if axis == "ep" else _BY_WIDTH[name] for axis in axes]
         sharded = distribute_tensor(parameter.detach(), mesh[tuple(axes)], placements, src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(sharded))
 

@@ -23,11 +23,13 @@ class FusedExperts:
 
     def __init__(self, experts: Experts, group: dist.ProcessGroup, count: int):
         self.experts, self.group, self.count = experts, group, count
+        self.slots: Tensor | None = None
+        """As in PlacedDispatcher; None where experts stand in the slots of their numbers."""
         # Through the module's own call, in which FSDP2 gathers its parameters.
         experts.forward = partial(_through_experts, experts)
 
     def __call__(self, x: Tensor, probs: Tensor, ids: Tensor, *, meanwhile: Meanwhile | None = None) -> Tensor:
-        ops = self.experts.ops
+        ops, ids = self.experts.ops, ids if self.slots is None else self.slots[ids]
         rows, order, counts = ops.permute(x, ids, self.count)  # [N k,D], sorted by expert and so by rank
         results = self.experts(rows, Exchange.of(counts, self.group, ops.grouped_mm))
         return ops.unpermute(results, order, probs)
@@ -42,7 +44,10 @@ def _through_experts(experts: Experts, rows: Tensor, exchange: Exchange) -> Tens
 
 
 def choose_ep(kind: str, demand: ExchangeDemand, ffn: MoEConfig, train: TrainConfig) -> Chosen:
-    """`all_to_all` or `fused` for what `parallel.ep_kind` says. Raises UserError for `fused` where it cannot serve this."""
+    """The one of `all_to_all`, `hierarchical` and `fused` that `parallel.ep_kind` means.
+
+    Raises UserError for `fused` where it cannot serve this.
+    """
     reason = refuse_exchange(demand) or _refuse_experts(ffn) or _refuse_memory(train)
     if kind == "fused" and reason:
         raise UserError(f"parallel.ep_kind fused: {reason}; use all_to_all")

@@ -1,16 +1,19 @@
 """Data parallelism by FSDP2: replicate, shard, or both (HSDP), with gradients summed, never averaged."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from llmtrain.compat import fsdp_sum_gradients
+from llmtrain.compat import fsdp_sum_gradients, watch_fsdp_collectives
 from llmtrain.config.train import PrecisionConfig
 from llmtrain.device.dtypes import torch_dtype
 from llmtrain.model.experts import Experts
 from llmtrain.parallel.blocks import all_blocks
+from llmtrain.parallel.hang.where import count, recorded
 
 
 def apply_fsdp(
@@ -41,9 +44,12 @@ def apply_fsdp(
             modules = [model.final_norm, model.head] if getattr(model, "mtp", None) is None else model.head
             fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # Replicas of dense layers and of experts are the same ranks.
+    summed = partial(count, "all_reduce", mesh.get_group("dp_replicate")) if mesh.ndim > 1 else None
     for module in model.modules():
         if isinstance(module, FSDPModule):
             fsdp_sum_gradients(module)
+            watch_fsdp_collectives(module, recorded, summed=summed)
 
 
 def set_gradient_sync(model: nn.Module, on: bool) -> None:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llmtrain.parallel.hang.where import device_wait, recorded
+
 SPLIT_BY_TP = ("tp", "ep", "etp")
 """Axes of a parameter's mesh whose ranks compute its whole gradient: every other parameter's is a partial sum on each rank of tp."""
 PIECE = 2**18
@@ -27,7 +29,8 @@ def sum_gradients(gradients: Iterable[Tensor], group: dist.ProcessGroup) -> None
         by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for same in by_dtype.values():
         flat = torch.cat([gradient.flatten() for gradient in same])
-        dist.all_reduce(flat, group=group)
+        with recorded("all_reduce", group):
+            dist.all_reduce(flat, group=group)
         for gradient, total in zip(same, flat.split([gradient.numel() for gradient in same])):
             gradient.copy_(total.view_as(gradient))
 
@@ -46,7 +49,8 @@ def square_sum(gradients: Sequence[Tensor], held_by: Sequence[int]) -> float:
     total = 0.0
     for count in sorted(set(held_by)):
         norm = torch.nn.utils.get_total_norm([piece for g, n in zip(gradients, held_by) if n == count for piece in _pieces(g)])
-        total += norm.item() ** 2 / count
+        with device_wait():
+            total += norm.item() ** 2 / count
     return total
 
 

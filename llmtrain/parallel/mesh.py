@@ -3,9 +3,10 @@
 import atexit
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,26 +16,65 @@ from llmtrain.compat import clear_dtensor_caches, concatenate_meshes, flatten_me
 from llmtrain.config.train import ParallelConfig
 from llmtrain.device.base import Device
 from llmtrain.layout.mesh import AXES, EXPERT_AXES, FLAT, MeshShape
-from llmtrain.parallel.hang.where import recorded
+from llmtrain.parallel.hang.where import device_wait, recorded
 
 MARGIN = 30.0  # seconds after parallel.timeout at which the back end itself gives up, should the watcher (`parallel/hang/watch.py`) fail
 
 
-class Mesh:
-    """The ranks of a run along their axes, and the few collectives that the loop itself needs."""
+class NodeGroups(NamedTuple):
+    """This rank's groups of hierarchical dispatch."""
 
-    def __init__(self, shape: MeshShape, *, device: Device):
+    outer: dist.ProcessGroup
+    """The ranks at the same place in other nodes."""
+    inner: dist.ProcessGroup
+    """The ranks of this node."""
+
+
+def node_groups(shape: MeshShape, options: Callable[[], Any | None] = lambda: None) -> NodeGroups:
+    """Make the groups of ep_outer and ep_inner of `shape`, all of them on every rank; returns this rank's. `options` as in Mesh."""
+    mine = {}
+    for axis in NodeGroups._fields:
+        for group in shape.groups(f"ep_{axis}"):
+            alone = len(group.ranks) == 1 or dist.get_rank() not in group.ranks
+            own = None if alone else options()
+            given = {} if own is None else {"pg_options": own, "timeout": own._timeout}
+            everyone = len(group.ranks) == shape.world
+            made = dist.group.WORLD if everyone else dist.new_group(list(group.ranks), group_desc=f"mesh_{group.axis}", **given)
+            if dist.get_rank() in group.ranks:
+                mine[axis] = made
+    return NodeGroups(**mine)
+
+
+class Mesh:
+    """The ranks of a run along their axes, and the few collectives that the loop itself needs.
+
+    `options()` gives those of one group, or None for the back end's own. The world, which also serves an axis of all ranks, has its own.
+    """
+
+    def __init__(self, shape: MeshShape, *, device: Device, options: Callable[[], Any | None] = lambda: None):
         self.shape = shape
         self.device = device
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
+        self._options = options
         # The order of these calls is that of MeshShape.all_groups.
-        self.device_mesh: DeviceMesh = init_device_mesh(device.kind, shape.sizes(AXES), mesh_dim_names=AXES)
-        self.fsdp: DeviceMesh = flatten_mesh(self.device_mesh[FLAT["fsdp"]], "fsdp")
+        self.device_mesh: DeviceMesh = self._make(AXES)
+        self.fsdp: DeviceMesh = flatten_mesh(self.device_mesh[FLAT["fsdp"]], "fsdp", self._options_of("fsdp"))
         self.experts: DeviceMesh | None = None
         """The axes of EXPERT_AXES; None where experts are shared as all other parameters are."""
         if shape.ep > 1 or shape.etp > 1:
-            self.experts = init_device_mesh(device.kind, shape.sizes(EXPERT_AXES), mesh_dim_names=EXPERT_AXES)
+            self.experts = self._make(EXPERT_AXES)
+        self.nodes = None if shape.ep_inner is None else node_groups(shape, options)
+        """What hierarchical dispatch sends over; None without it."""
+
+    def _make(self, axes: Sequence[str]) -> DeviceMesh:
+        options = {axis: self._options_of(axis) for axis in axes}
+        given = {axis: option for axis, option in options.items() if option is not None}
+        return init_device_mesh(self.device.kind, self.shape.sizes(axes), mesh_dim_names=axes, backend_override=given or None)
+
+    def _options_of(self, axis: str) -> Any | None:
+        """For the groups of `axis`, of which each rank is in one. Alone a rank sends nothing; for all ranks there is the world."""
+        return self._options() if 1 < getattr(self.shape, axis) < self.world else None
 
     def place(self, axis: str) -> int:
         """Where this rank stands along `axis`."""
@@ -43,6 +83,10 @@ class Mesh:
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along `axis` alone."""
         return self.device_mesh.get_group(axis)
+
+    def expert_group(self, axis: str) -> dist.ProcessGroup:
+        """The same for an axis of `shape.expert_axes`, where `experts` is not None."""
+        return getattr(self.nodes, axis.removeprefix("ep_")) if axis in ("ep_outer", "ep_inner") else self.experts.get_group(axis)
 
     @property
     def data_rank(self) -> int:
@@ -75,8 +119,8 @@ class Mesh:
             if group.size() > 1:
                 with recorded("all_reduce", "world" if axes is None else group):
                     dist.all_reduce(tensor, group=group)
-                    tensor.tolist()  # a device waits here
-        return tensor.tolist()
+        with device_wait():
+            return tensor.tolist()
 
     def gather(self, value: object) -> list:
         """`value` of every rank, in rank order; for rare events."""
@@ -93,7 +137,8 @@ class Mesh:
 
     def take_groups(self) -> set[dist.ProcessGroup]:
         """The groups that this mesh holds, which then end with whatever else holds them; it is of no use any more."""
-        return take_groups(*filter(None, [self.device_mesh, self.experts]))
+        nodes, self.nodes = self.nodes or (), None
+        return take_groups(*filter(None, [self.device_mesh, self.experts])) | set(nodes)
 
     def leave(self) -> None:
         """End the groups of this mesh, but not the world, in which another mesh may follow: gloo has a few threads for each group."""
@@ -111,8 +156,8 @@ class Mesh:
 
 def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
     """Join the world that the launcher described (RANK, WORLD_SIZE, ...; alone without them) and build the mesh."""
+    timeout = timedelta(seconds=cfg.timeout + MARGIN)
     if not dist.is_initialized():
-        timeout = timedelta(seconds=cfg.timeout + MARGIN)
         named = device.process_group_options(timeout, buffer_mb=cfg.hccl_buffer_mb)
         options = dict(backend=device.collective_backend, timeout=timeout, **named)
         if "RANK" in os.environ:
@@ -120,7 +165,10 @@ def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
         else:
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(gc.collect)  # of the groups: a thread of gloo that lets go of its last tensor while Python ends kills the process
-    return Mesh(MeshShape.from_config(cfg, world=dist.get_world_size()), device=device)
+    options = partial(device.group_options, timeout, buffer_mb=cfg.hccl_buffer_mb)
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
+    shape = MeshShape.from_config(cfg, world=dist.get_world_size(), local=local)
+    return Mesh(shape, device=device, options=options)
 
 
 def stop(mesh: Mesh) -> None:

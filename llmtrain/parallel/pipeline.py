@@ -1,6 +1,7 @@
 """Carries out the action lists of `layout/schedule.py`: the stages of a pipeline, micro-batch by micro-batch."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,10 +12,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from llmtrain.compat import reduce_fsdp_gradients, split_backward
 from llmtrain.layout.schedule import Action, Schedule, with_communication
-from llmtrain.parallel.hang.where import at, recorded
+from llmtrain.parallel.hang.record import BACKWARD, FORWARD
+from llmtrain.parallel.hang.where import Begun, at, ends, mark, recorded
+from llmtrain.parallel.turns import together
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, hidden states from the stage before or None) -> hidden states, or the last stage's scalar to minimise."""
+AT_FIRST = ("F", "RECV_F", "SEND_B")
+"""Actions at the first layer of a stage; the others begin at its last one."""
+ONWARD = ("F", "RECV_F", "SEND_F")
+"""Actions of forward passes."""
 
 
 class _Kept(NamedTuple):
@@ -28,11 +35,21 @@ class Pipeline:
     """The stages that this rank holds, and the ranks that hold the others.
 
     Each stage is an FSDP root of its own, or plain. Gradients of a stage are reduced over data-parallel ranks once, when its last
-    backward pass of the step is done.
+    backward pass of the step is done. With `overlap` the pairs of a schedule run in turns, the backward pass in a thread that
+    `enter_thread` is called in first.
     """
 
-    def __init__(self, parts: dict[int, nn.Module], *, group: dist.ProcessGroup, device: torch.device):
-        self.parts, self.group, self.device = parts, group, device
+    def __init__(
+        self,
+        parts: dict[int, nn.Module],
+        *,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        overlap: bool = False,
+        enter_thread: Callable[[], None] | None = None,
+    ):
+        self.parts, self.group, self.device, self.overlap, self.enter_thread = parts, group, device, overlap, enter_thread
+        self.ends = {stage: ends(part) for stage, part in parts.items()}
 
     def run(
         self, schedule: Schedule, forward: Forward, *, shape: Callable[[int], Sequence[int]], dtype: torch.dtype, backward: bool = True
@@ -66,38 +83,49 @@ class _Run:
         self.results: dict[int, Tensor] = {}
         self._kept: dict[tuple[int, int], _Kept] = {}
         self._weights: dict[tuple[int, int], Callable[[], None]] = {}
-        self._arriving: dict[tuple[str, int, int], tuple[Tensor, list]] = {}
+        self._arriving: dict[tuple[str, int, int], tuple[Tensor, Begun]] = {}
         self._ready: dict[tuple[str, int, int], Tensor] = {}
-        self._sent: list[tuple[Tensor, list]] = []
+        self._sent: list[tuple[Tensor, Begun]] = []
+        self._beside = ThreadPoolExecutor(1, initializer=pipeline.enter_thread)
 
     def do(self, action: Action) -> None:
-        """Carry out one action; a pair that may overlap is done one after the other."""
-        for part in action.flat():
-            key = part.stage, part.micro_batch
-            at(micro_batch=part.micro_batch)
-            match part.kind:
-                case "F":
-                    self._forward(*key)
-                case "B":
-                    self._backward(*key)
-                case "I":
-                    self._backward_inputs(*key)
-                case "W":
-                    self._backward_weights(*key)
-                case "SEND_F":
-                    self._send(self._ready.pop(("F", part.stage + 1, part.micro_batch)), part.stage + 1)
-                case "RECV_F":
-                    self._receive("F", *key, source=part.stage - 1)
-                case "SEND_B":
-                    self._send(self._ready.pop(("B", part.stage - 1, part.micro_batch)), part.stage - 1)
-                case "RECV_B":
-                    self._receive("B", *key, source=part.stage + 1)
+        """Carry out one action. The parts of a pair are done one after the other if not asked for otherwise, or both of one stage: FSDP2
+        keeps one state of where a stage is."""
+        parts = action.flat()
+        if self.pipeline.overlap and len({part.stage for part in parts}) > 1:
+            forward, backward = (partial(self._part, part) for part in parts)
+            together(backward, forward, beside=self._beside)
+        else:
+            for part in parts:
+                self._part(part)
+
+    def _part(self, part: Action) -> None:
+        key = part.stage, part.micro_batch
+        at(micro_batch=part.micro_batch)
+        mark(self.pipeline.ends[part.stage][part.kind not in AT_FIRST], FORWARD if part.kind in ONWARD else BACKWARD)
+        match part.kind:
+            case "F":
+                self._forward(*key)
+            case "B":
+                self._backward(*key)
+            case "I":
+                self._backward_inputs(*key)
+            case "W":
+                self._backward_weights(*key)
+            case "SEND_F":
+                self._send(self._ready.pop(("F", part.stage + 1, part.micro_batch)), part.stage + 1)
+            case "RECV_F":
+                self._receive("F", *key, source=part.stage - 1)
+            case "SEND_B":
+                self._send(self._ready.pop(("B", part.stage - 1, part.micro_batch)), part.stage - 1)
+            case "RECV_B":
+                self._receive("B", *key, source=part.stage + 1)
 
     def finish(self) -> None:
         """Wait until everything sent has arrived."""
-        with recorded("send", self.pipeline.group):
-            for _, works in self._sent:
-                _wait(works)
+        self._beside.shutdown()
+        for _, begun in self._sent:
+            begun.wait()
 
     # --- computing ----------------------------------------------------------------------------------------------------------------
 
@@ -158,24 +186,23 @@ class _Run:
         arriving = self._arriving.pop((kind, stage, micro), None)
         if arriving is None:
             return self._ready.pop((kind, stage, micro))
-        tensor, works = arriving
-        source = self.schedule.stage_rank(stage - 1 if kind == "F" else stage + 1)
-        with recorded("recv", self.pipeline.group, peer=dist.get_global_rank(self.pipeline.group, source)):
-            _wait(works)
+        tensor, begun = arriving
+        begun.wait()
         return tensor
 
     def _receive(self, kind: str, stage: int, micro: int, *, source: int) -> None:
         tensor = torch.empty(tuple(self.shape(micro)), dtype=self.dtype, device=self.pipeline.device)
-        self._arriving[kind, stage, micro] = tensor, self._transfer(dist.irecv, tensor, source)
+        self._arriving[kind, stage, micro] = tensor, self._transfer("recv", dist.irecv, tensor, source)
 
     def _send(self, tensor: Tensor, stage: int) -> None:
         tensor = tensor.contiguous()
-        self._sent.append((tensor, self._transfer(dist.isend, tensor, stage)))
-        self._sent = [sent for sent in self._sent if not all(work.is_completed() for work in sent[1])]
+        self._sent.append((tensor, self._transfer("send", dist.isend, tensor, stage)))
+        self._sent = [sent for sent in self._sent if not sent[1].is_completed()]
 
-    def _transfer(self, op: Callable, tensor: Tensor, stage: int) -> list:
+    def _transfer(self, name: str, op: Callable, tensor: Tensor, stage: int) -> Begun:
         group, peer = self.pipeline.group, self.schedule.stage_rank(stage)
-        return dist.batch_isend_irecv([dist.P2POp(op, tensor, group=group, group_peer=peer)])
+        begun = Begun(name, group, peer=dist.get_global_rank(group, peer))
+        return begun.by(*dist.batch_isend_irecv([dist.P2POp(op, tensor, group=group, group_peer=peer)]))
 
 
 def from_stage(
@@ -187,8 +214,3 @@ def from_stage(
         with recorded("broadcast", group):
             dist.broadcast(result, group=group, group_src=source)
     return result
-
-
-def _wait(works: list) -> None:
-    for work in works:
-        work.wait()

@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.data.batch import NO_TARGET
 from llmtrain.layout.stages import split_layers
+from llmtrain.model.moe import MoE
 from llmtrain.model.transformer import cut
 from llmtrain.parallel.fsdp import local_tensor
-from llmtrain.parallel.hang.where import recorded
+from llmtrain.parallel.hang.where import device_wait, recorded, watch_layers
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.ops import gather_vocabulary
 from llmtrain.parallel.ops.vocabulary import first_entry
 from llmtrain.parallel.pipeline import from_stage
+from llmtrain.parallel.serve_experts import share_experts
 from llmtrain.parallel.tp import Splitter, check_tp
 
 
 def share(model: nn.Module, mesh: Mesh) -> "SharedModel":
-    """`model`, whole and on meta, as this rank's part of a model over the axes tp and pp of `mesh`, in place.
+    """`model`, whole and on meta, as this rank's part of a model over the axes pp, tp, ep and etp of `mesh`, in place.
 
-    Raises UserError for a model that cannot be split so.
+    Ranks that differ along dp_shard alone hold the same dense parts, and different experts. Raises UserError for a model that cannot be
+    split so.
     """
     shape = mesh.shape
     if shape.pp > 1:
@@ -36,6 +39,9 @@ def share(model: nn.Module, mesh: Mesh) -> "SharedModel":
     if shape.tp > 1:
         check_tp(model.cfg, shape.tp)
         _WholeSequence(mesh.device_mesh["tp"], model.cfg.vocab_size).model(model)
+    if mesh.experts is not None:
+        share_experts(model, mesh.experts)
+    watch_layers(model)
     return SharedModel(model, mesh)
 
 
@@ -60,6 +66,15 @@ class SharedModel(nn.Module):
         self, tokens: Tensor, *, mask, positions: Tensor | None = None, targets: Tensor | None = None, cache=None, last: int | None = None
     ) -> dict[str, Tensor]:
         """tokens [B,S] -> {"logits": [B,S or last,V]} or {"ce_sum"}; arguments as in Transformer.forward."""
+        found = self._answer(tokens, mask=mask, positions=positions, targets=targets, cache=cache, last=last)
+        if self._mesh.device.kind != "cpu":  # whoever called reads it next, and knows nothing of other ranks that may be missing
+            with device_wait():
+                self._mesh.device.synchronize()
+        return found
+
+    def _answer(
+        self, tokens: Tensor, *, mask, positions: Tensor | None, targets: Tensor | None, cache, last: int | None
+    ) -> dict[str, Tensor]:
         place, stages = self._mesh.place("pp"), self._mesh.shape.pp
         if positions is None:
             start = cache.length if cache is not None else 0
@@ -70,7 +85,8 @@ class SharedModel(nn.Module):
         if stages == 1:
             return out
         if place < stages - 1:
-            dist.send(out["hidden"].contiguous(), group=self._mesh.group("pp"), group_dst=place + 1)
+            with recorded("send", self._mesh.group("pp"), peer=self._neighbour(1)):
+                dist.send(out["hidden"].contiguous(), group=self._mesh.group("pp"), group_dst=place + 1)
         if targets is not None:
             return {"ce_sum": self._from_last(out.get("ce_sum"), (), torch.float64)}
         shape = (tokens.shape[0], tokens.shape[1] if last is None else last, self.cfg.vocab_size)
@@ -80,9 +96,13 @@ class SharedModel(nn.Module):
     def _dtype(self) -> torch.dtype:
         return next(self.part.parameters()).dtype
 
+    def _neighbour(self, by: int) -> int:
+        """The global rank so many stages further on."""
+        return dist.get_global_rank(self._mesh.group("pp"), self._mesh.place("pp") + by)
+
     def _receive(self, tokens: Tensor) -> Tensor:
         x = torch.empty(*tokens.shape, self.cfg.hidden, dtype=self._dtype, device=tokens.device)
-        with recorded("recv", self._mesh.group("pp")):
+        with recorded("recv", self._mesh.group("pp"), peer=self._neighbour(-1)):
             dist.recv(x, group=self._mesh.group("pp"), group_src=self._mesh.place("pp") - 1)
         return x
 
@@ -93,6 +113,12 @@ class SharedModel(nn.Module):
 
 class _WholeSequence(Splitter):
     """Layers split as in training, whose partial sums are added on every rank instead of being shared out over the sequence."""
+
+    def model(self, model: nn.Module) -> None:
+        super().model(model)
+        for layer in model.modules():
+            if isinstance(layer, MoE) and layer.shared is not None and layer.shared.down_proj.in_features % self.mesh.size() == 0:
+                self.feed_forward(layer.shared)
 
     def qkv(self, attention: nn.Module, kv_rows: slice | None, x: Tensor) -> tuple[Tensor, ...]:
         weights, biases = self.attention_weights(attention, kv_rows)

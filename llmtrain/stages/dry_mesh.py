@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from multiprocessing import get_context
 
 import torch
@@ -55,10 +55,9 @@ def check_groups(shape: MeshShape, *, experts: bool) -> dict[str, list[Group]]:
     an axis does not.
     """
     axes: dict[str, list[Group]] = {}
-    for group in shape.all_groups(experts=experts):
-        axes.setdefault(group.axis, []).append(group)
-    for axis, groups in axes.items():
-        if sorted(rank for group in groups for rank in group.ranks) != list(range(shape.world)):
+    for axis, run in groupby(shape.all_groups(experts=experts), key=lambda group: group.axis):
+        axes[axis] = list(run)
+        if sorted(rank for group in axes[axis] for rank in group.ranks) != list(range(shape.world)):
             raise RuntimeError(f"the groups of axis {axis} do not part the {shape.world} ranks of {shape.describe()}")
     return axes
 
@@ -106,7 +105,7 @@ def bytes_per_element(cfg: RunConfig) -> int:
 def _check_own_groups(mesh: Mesh) -> None:
     groups = {axis: mesh.group(axis) for axis in AXES} | {"fsdp": mesh.fsdp.get_group()}
     if mesh.experts is not None:
-        groups |= {axis: mesh.experts.get_group(axis) for axis in ("efsdp", "ep", "etp")}
+        groups |= {axis: mesh.expert_group(axis) for axis in mesh.shape.expert_axes}
     for axis, group in groups.items():
         mine = mesh.shape.group(axis, mesh.rank).ranks
         if tuple(dist.get_process_group_ranks(group)) != mine:

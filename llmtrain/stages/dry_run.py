@@ -1,9 +1,14 @@
 """`--dry-run`: resolve, plan, count, build every role of the mesh, then one real step of a miniature with the same options."""
 
+import math
+
 import torch
 
+from llmtrain.config.attention import AttentionConfig, MLAConfig
+from llmtrain.config.ffn import FFNConfig, MoEConfig
+from llmtrain.config.memory import memory_estimate
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import count_parameters, memory_estimate, worth_saying
+from llmtrain.config.parameters import count_parameters, worth_saying
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.layout.mesh import MeshShape
@@ -11,11 +16,26 @@ from llmtrain.layout.steps import StepPlan
 
 
 def miniature(model: ModelConfig) -> ModelConfig:
-    """The same model options at 2 layers, head dim 16 and a vocabulary of 256."""
-    groups = model.attention.heads // model.kv_heads
-    attention = model.attention.model_copy(update={"heads": 2 * groups, "kv_heads": 2, "head_dim": 16})
-    ffn = model.ffn.model_copy(update={"hidden": 64})
-    return model.model_copy(update={"pretrained": None, "layers": 2, "hidden": 64, "vocab_size": 256, "attention": attention, "ffn": ffn})
+    """The same model options at 2 layers, head dim 16 and a vocabulary of 256; a mixture of experts with dense layers has one of them."""
+    small = {"pretrained": None, "layers": 2, "hidden": 64, "vocab_size": 256, "attention": _attention(model), "ffn": _feed_forward(model)}
+    return model.model_copy(update=small)
+
+
+def _attention(model: ModelConfig) -> AttentionConfig | MLAConfig:
+    a = model.attention
+    if a.kind == "mla":
+        narrow = {"query_rank": None if a.query_rank is None else 32, "kv_rank": 32, "softmax_scale": None}
+        return a.model_copy(update=narrow | {"heads": 4, "nope_dim": 16, "rope_dim": 16, "value_dim": 16})
+    return a.model_copy(update={"heads": 2 * a.heads // model.kv_heads, "kv_heads": 2, "head_dim": 16})
+
+
+def _feed_forward(model: ModelConfig) -> FFNConfig | MoEConfig:
+    ffn = model.ffn
+    if ffn.kind == "dense":
+        return ffn.model_copy(update={"hidden": 64})
+    groups = {name: group.model_copy(update={"sequences": 1}) for name in ("balance", "capacity") if (group := getattr(ffn, name))}
+    widths = {"hidden": 64, "dense_hidden": 64, "descend": 16 if ffn.descend else None}
+    return ffn.model_copy(update=groups | widths | {"dense_layers": min(1, ffn.dense_layers)})
 
 
 def dry_run(cfg: RunConfig) -> int:
@@ -40,8 +60,10 @@ def dry_run(cfg: RunConfig) -> int:
         from llmtrain.stages.dry_mesh_report import dry_mesh
 
         dry_mesh(cfg, plan, shape)
-    loss = _one_step(cfg)
-    print(f"one step of a 2-layer miniature with these options: loss {loss:.3f} (ln 256 = 5.545)")
+    loss, mtp = _one_step(cfg), cfg.model.mtp
+    losses = 1 + (mtp.loss_weight if mtp.heads else 0)
+    expected = f"{f'{losses:g} x ' if mtp.heads else ''}ln 256 = {losses * math.log(256):.3f}"
+    print(f"one step of a 2-layer miniature with these options: loss {loss:.3f} ({expected})")
     return 0
 
 

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Callable
 
-from llmtrain.config.pretrained import conflicts, departures, run_folder
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.pretrained import conflicts, departures, run_folder, stored_model
 from llmtrain.config.train import CheckpointConfig
-from llmtrain.convert.import_hf import load_into
+from llmtrain.convert.import_hf import left_out, load_into
+from llmtrain.convert.shapes import keeps_format
 from llmtrain.engine.base import Engine
 from llmtrain.errors import UserError
 from llmtrain.stages.session import Session
@@ -27,16 +29,29 @@ def load_pretrained(s: Session, engine: Engine) -> None:
         raise UserError("; ".join(f"model.{problem}" for problem in problems))
     if s.mesh.rank == 0:
         s.console.message(f"reading the weights of {model.pretrained}")
-    state = engine.state()
+    state, stored = engine.state(), stored_model(model)
+    read = _without_new_biases(state, model, stored)
     if run := run_folder(model.pretrained):
-        _load_native(model.pretrained, run, state)
+        _load_native(model.pretrained, run, read)
     else:
-        weights = {key.removesuffix(".weight"): tensor for key, tensor in state.items() if key.endswith(".weight")}
-        load_into(weights, model.pretrained, model)
+        weights = {key.removesuffix(".weight"): tensor for key, tensor in read.items() if key.endswith(".weight")}
+        load_into(weights, model.pretrained, stored)
+        if s.mesh.rank == 0 and (note := left_out(model.pretrained, stored)):
+            s.console.message(note)
     engine.load_state(state)
     differing = "".join(f"; {text}" for text in departures(model))
     if s.mesh.rank == 0:
         s.console.message(f"weights: {model.pretrained}, read in {time.perf_counter() - started:.1f} s{differing}")
+
+
+def _without_new_biases(state: dict, model: ModelConfig, stored: ModelConfig) -> dict:
+    """What of `state` the stored model has: not the biases that its routers are given, which begin at zero."""
+    if model.ffn.kind != "moe" or model.ffn.router.bias_rate is None or stored.ffn.router.bias_rate is not None:
+        return state
+    new = {key for key in state if keeps_format(key.removesuffix(".weight"))}
+    for key in new:
+        state[key].zero_()
+    return {key: tensor for key, tensor in state.items() if key not in new}
 
 
 def _load_native(path: str, run, state: dict) -> None:

@@ -50,6 +50,14 @@ def _to_rank_0(whole: torch.Tensor | None, source: int, mesh: Mesh, *, shape: Se
     return whole
 
 
+def check_export(cfg: RunConfig) -> None:
+    """Raise UserError, before anything is trained, if checkpoint.export asks for a model that no Hugging Face family computes."""
+    if cfg.checkpoint.export == "hf":
+        from llmtrain.convert.families import pick_family
+
+        pick_family(cfg.model)
+
+
 def export(s, engine: Engine) -> Path | None:
     """The final weights as a Hugging Face folder `hf/` in the run folder, if checkpoint.export asks for it. Called by all ranks."""
     if s.cfg.checkpoint.export == "none":

@@ -76,6 +76,8 @@ class Session:
         self.console.message(f"mesh: {self.mesh.shape.describe()} ({self.mesh.device.collective_backend}), engine {self.cfg.engine.kind}")
         if self.cfg.parallel.hccl_buffer_mb is not None and self.mesh.device.collective_backend != "hccl":
             self.console.message(f"parallel.hccl_buffer_mb: not used, groups are {self.mesh.device.collective_backend}'s")
+        if self.cfg.parallel.expert_placement is not None and self.mesh.shape.ep == 1:
+            self.console.message("parallel.expert_placement: not used, every rank has all experts (parallel.ep 1)")
         if self.mesh.shape.pp > 1:
             self.console.message(f"pipeline: {self._pipeline()}")
         self.console.message(f"kernels: {kernels} (`llmtrain kernels` says why)")
@@ -114,7 +116,8 @@ def session(cfg: RunConfig) -> Iterator[Session]:
         raise UserError(f"precision.compute {cfg.precision.compute}: {reason}")
     mesh = world.start(cfg.parallel, device=device)
     try:
-        watched = watching(cfg, mesh=mesh, folder=Path(cfg.output) / cfg.name)
+        path = Path(cfg.output) / cfg.name / "log" / "hang.txt"
+        watched = watching(mesh, timeout=cfg.parallel.timeout, path=path, report=cfg.guards.hang_report)
         with watched, settled(cfg.parallel, mesh=mesh) as cores, RunFolder.create(cfg) as folder:
             setup_logging(folder.path, mesh.rank)
             ops = resolve(cfg.kernels, op_call(cfg, device))

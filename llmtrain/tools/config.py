@@ -94,9 +94,10 @@ def presets() -> str:
     lines = ["model: {preset: NAME}"]
     for name in PRESETS:
         model = ModelConfig(preset=name)
-        total = count_parameters(model)["total"]
+        counts = count_parameters(model)
         shape = f"{model.layers} layers, width {model.hidden:,}, vocabulary {model.vocab_size:,}, context {model.max_seq_len:,}"
-        lines.append(f"  {name:18s} {total / 1e9:8.3f} B  {shape}")
+        active = f", {counts['active'] / 1e9:.3f} B active" if model.ffn.kind == "moe" else ""
+        lines.append(f"  {name:20s} {counts['total'] / 1e9:8.3f} B  {shape}{active}")
     return "\n".join(lines)
 
 

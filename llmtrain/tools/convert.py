@@ -6,6 +6,7 @@ llmtrain convert runs/mine hf-folder --to hf --dtype bf16
 
 import argparse
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import torch
 
 from llmtrain.convert.export import export_hf
 from llmtrain.convert.folders import whole_folder
+from llmtrain.convert.import_hf import left_out
+from llmtrain.convert.shapes import keeps_format
 from llmtrain.device.dtypes import DTYPES
 from llmtrain.errors import UserError
 from llmtrain.tools.model_source import ModelSource, open_source
@@ -41,6 +44,8 @@ def main(argv: list[str]) -> int:
                 with whole_folder(destination) as partial:
                     write_native(source, partial, final=destination, dtype=dtype, seen=seen)
         seconds = time.perf_counter() - started
+        if source.kind == "hf" and (note := left_out(source.path, source.cfg)):
+            print(note, file=sys.stderr)
         print(f"{destination}: {source.parameters:,} parameters of {source.path} ({source.kind}), written in {seconds:.1f} s")
         if options.verify:
             _verify(source, destination, to=options.to, dtype=dtype)
@@ -95,10 +100,12 @@ class _Rounded:
         self._tensors, self._dtype, self.names = tensors, dtype, tensors.names
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        return self._tensors.describe(name)[0], self._dtype
+        shape, stored = self._tensors.describe(name)
+        return shape, stored if keeps_format(name) else self._dtype
 
     def read(self, name: str) -> torch.Tensor:
-        return self._tensors.read(name).to(self._dtype)
+        tensor = self._tensors.read(name)
+        return tensor if keeps_format(name) else tensor.to(self._dtype)
 
 
 def _reference(source: ModelSource) -> Any:

@@ -16,7 +16,7 @@ from llmtrain.model.cache import cache_bytes
 from llmtrain.model.sampling import Sampling
 from llmtrain.tools.completions import Completion, Request, Texts, runner_for
 from llmtrain.tools.open_model import OpenModel, open_model
-from llmtrain.tools.shared import add_options, shared_mesh, start_ranks
+from llmtrain.tools.shared import add_options, ranks_of, shared_mesh, start_ranks
 
 INTERRUPTED = 130
 
@@ -91,8 +91,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _prompts(options: argparse.Namespace) -> list[dict]:
     """Every prompt as {"prompt": text[, "seed": n]}."""
     prompts = [{"prompt": text} for text in options.prompt]
-    if options.prompts == "-" and options.tp * options.pp > 1:
-        raise UserError("--prompts - reads stdin, which the ranks of --tp and --pp do not have; give a file")
+    if options.prompts == "-" and ranks_of(options) > 1:
+        raise UserError("--prompts - reads stdin, which the ranks of --tp, --pp and --ep do not have; give a file")
     if options.prompts:
         lines = (sys.stdin.read() if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8")).splitlines()
         as_json = options.prompts.endswith((".jsonl", ".ndjson"))

@@ -39,6 +39,8 @@ class History:
     train: list[dict] = field(default_factory=list)
     validation: list[dict] = field(default_factory=list)
     events: list[dict] = field(default_factory=list)
+    shares: list[dict] = field(default_factory=list)
+    """Lines that say how the experts' layers shared out tokens."""
 
     @classmethod
     def read(cls, folder: Path) -> "History":
@@ -59,9 +61,12 @@ class History:
             if self.train and step <= self.train[-1]["step"]:
                 self.train = [old for old in self.train if old["step"] < step]
                 self.validation = [old for old in self.validation if old["step"] < step]
+                self.shares = [old for old in self.shares if old["step"] < step]
             self.train.append(line)
         elif kind == "validation":
             self.validation.append(line)
+        elif kind == "experts":
+            self.shares.append(line)
         elif kind == "event":
             self.events.append(line)
 

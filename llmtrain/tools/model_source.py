@@ -17,7 +17,8 @@ from llmtrain.convert.companions import copy_companions, token_ids, write_genera
 from llmtrain.convert.gguf import read_gguf
 from llmtrain.convert.hf_read import CONFIG, model_config
 from llmtrain.convert.import_hf import check
-from llmtrain.convert.names import canonical_names, to_hf
+from llmtrain.convert.reading import read_whole
+from llmtrain.convert.shapes import canonical_shapes
 from llmtrain.convert.stored import StoredTensors
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.tokenizer import load as load_tokenizer
@@ -86,15 +87,14 @@ def open_source(path: str | Path) -> Iterator[ModelSource]:
 
 class _Stored:
     def __init__(self, stored: StoredTensors, cfg: ModelConfig):
-        self._stored, self._family = stored, check(stored, cfg)
-        self.names = canonical_names(cfg)
+        self._stored, self._places, self._shapes = stored, check(stored, cfg), canonical_shapes(cfg)
+        self.names = list(self._places)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        hf = to_hf(name, self._family)
-        return self._stored.shape(hf), FORMATS[self._stored.dtype(hf)]
+        return self._shapes[name], FORMATS[self._stored.dtype(self._places[name].names[0])]
 
     def read(self, name: str) -> torch.Tensor:
-        return self._stored.whole(to_hf(name, self._family))
+        return read_whole(self._stored, self._places[name])
 
 
 def _hugging_face(path: Path, stack: ExitStack) -> ModelSource:

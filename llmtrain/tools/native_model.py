@@ -10,6 +10,7 @@ from llmtrain.config.data import TokenizerConfig
 from llmtrain.config.load import to_yaml
 from llmtrain.config.run import RunConfig
 from llmtrain.config.train import CheckpointConfig, GuardsConfig
+from llmtrain.convert.shapes import keeps_format
 from llmtrain.data.errors import DataError
 from llmtrain.data.tokenizer import load
 from llmtrain.errors import UserError
@@ -48,10 +49,13 @@ def write_native(source: ModelSource, folder: Path, *, final: Path, dtype: torch
     def read(name: str) -> torch.Tensor:
         tensor = source.tensors.read(name)
         seen(tensor.numel())
-        return tensor.to(dtype or tensor.dtype).contiguous()
+        return tensor.to(state[f"{name}.weight"].dtype).contiguous()
 
-    shapes = {name: source.tensors.describe(name) for name in source.tensors.names}
-    state = {f"{name}.weight": torch.empty(shape, dtype=dtype or stored, device="meta") for name, (shape, stored) in shapes.items()}
+    state = {}
+    for name in source.tensors.names:
+        shape, stored = source.tensors.describe(name)
+        wanted = stored if dtype is None or keeps_format(name) else dtype
+        state[f"{name}.weight"] = torch.empty(shape, dtype=wanted, device="meta")
     state["step"] = torch.tensor(0)
     spikes = SpikeDetector(GuardsConfig().spike).state()
     meta = {"step": 0, "position": 0, "tokens": 0, "engine": {}, "spikes": spikes, "loss": None, "weights_only": True}

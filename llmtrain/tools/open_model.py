@@ -1,6 +1,7 @@
 """A model to generate with or to evaluate: a run folder, converted or trained, or a Hugging Face folder."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from llmtrain.config.pretrained import pretrained_tokenizer
 from llmtrain.config.run import RunConfig
 from llmtrain.convert.companions import token_ids
 from llmtrain.convert.hf_read import model_config, read_config
-from llmtrain.convert.import_hf import load_into
+from llmtrain.convert.import_hf import left_out, load_into
 from llmtrain.convert.placed import fill, held
 from llmtrain.data.tokenizer import Tokenizer, load
 from llmtrain.device import Device, select
@@ -68,7 +69,7 @@ def open_model(
         device: `auto`, `cpu`, `cuda` or `npu`.
         dtype: `fp64`, `fp32`, `bf16`, `fp16`, or `auto`: as stored, but fp32 for 16-bit weights on the CPU, which computes faster in it.
         checkpoint: of a run folder, the checkpoint's folder; the newest complete one if `auto`.
-        mesh: share the model over its axes tp and pp; all ranks call this, and the model, together.
+        mesh: share the model over its axes pp, tp, ep and etp; all ranks call this, and the model, together.
 
     Raises:
         UserError: no such folder, no complete checkpoint, weights that do not fit, a model that cannot be read.
@@ -106,10 +107,10 @@ def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: 
     """
     place = select(device)
     model = empty_model(cfg.model, place, _compute_dtype(torch_dtype(cfg.precision.params), place, dtype), mesh)
-    weights = {f"{name}.weight": tensor for name, tensor in _weights(model).items()}
+    weights = {f"{name}.weight": tensor for name, tensor in weights_of(model).items()}
     metadata = checkpoint_state.read_metadata(checkpoint)
     _require_weights(checkpoint, weights, metadata, whole=mesh is None or mesh.shape.pp == 1)
-    _read(checkpoint, weights, metadata, stored=torch_dtype(cfg.precision.params))
+    _read(checkpoint, weights, metadata)
     step = json.loads((checkpoint / checkpoint_files.META).read_bytes())["step"]
     if cfg.model.position.kind == "rope" and step > 0:
         model.set_rope_base(StepPlan.from_config(cfg).step(step - 1).rope_base)
@@ -142,7 +143,9 @@ def _open_hf(folder: Path, place: Device, dtype: str, mesh: Mesh | None) -> Open
     cfg, config = model_config(folder), read_config(folder)
     stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
     model = empty_model(cfg, place, _compute_dtype(stored, place, dtype), mesh)
-    load_into(_weights(model), folder, cfg)
+    load_into(weights_of(model), folder, cfg)
+    if note := left_out(folder, cfg):
+        print(note, file=sys.stderr)
     tokenizer = load(folder) if pretrained_tokenizer(folder) else None
     return OpenModel(model, cfg, tokenizer, _stop_ids(folder, tokenizer), _prefix(folder, tokenizer))
 
@@ -159,7 +162,10 @@ def _compute_dtype(stored: torch.dtype, place: Device, wanted: str) -> torch.dty
 
 
 def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype, mesh: Mesh | None = None) -> nn.Module:
-    """The model of `cfg`, or this rank's part of it, in evaluation mode, its parameters in `dtype` on `place` and not yet filled."""
+    """The model of `cfg`, or this rank's part of it, in evaluation mode, its parameters in `dtype` on `place` and not yet filled.
+
+    No expert is ever full: a capacity belongs to training, where a token's place may depend on those after it, and on other sequences.
+    """
     call = Call(
         device=place.kind,
         dtype=dtype,
@@ -170,7 +176,10 @@ def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype, mesh: Mesh 
         heads=cfg.attention.heads,
         kv_heads=cfg.kv_heads,
         window=cfg.attention.window,
+        expert_widths=(cfg.ffn.descend or cfg.hidden, cfg.ffn.hidden // (mesh.shape.etp if mesh else 1)) if cfg.ffn.kind == "moe" else (),
     )
+    if cfg.ffn.kind == "moe":
+        cfg = cfg.model_copy(update={"ffn": cfg.ffn.model_copy(update={"capacity": None})})
     with torch.device("meta"):
         model = family.build(cfg, resolve({}, call), None).to(dtype)
         if mesh is not None:
@@ -178,19 +187,20 @@ def empty_model(cfg: ModelConfig, place: Device, dtype: torch.dtype, mesh: Mesh 
     return model.to_empty(device=place.torch_device).eval().requires_grad_(False)
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by canonical name, as far as this rank holds them."""
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers (biases of routers) by canonical name, as far as this rank holds them."""
     part = model.part if isinstance(model, SharedModel) else model
-    return {name: parameter.detach() for name, parameter in part.named_parameters()}
+    return {name: tensor.detach() for name, tensor in (*part.named_parameters(), *part.named_buffers())}
 
 
-def _read(checkpoint: Path, weights: dict[str, Tensor], metadata, *, stored: torch.dtype) -> None:
+def _read(checkpoint: Path, weights: dict[str, Tensor], metadata) -> None:
     """Fill `weights` in place. The reader wants whole CPU tensors of the stored format, so others are copied over, one at a time."""
-    direct = {name: w for name, w in weights.items() if w.device.type == "cpu" and w.dtype == stored and not isinstance(w, DTensor)}
+    stored = {name: metadata.state_dict_metadata[name].properties.dtype for name in weights}
+    direct = {name: w for name, w in weights.items() if w.device.type == "cpu" and w.dtype == stored[name] and not isinstance(w, DTensor)}
     checkpoint_state.read(checkpoint, direct, metadata)
     for name in weights.keys() - direct.keys():
         weight = weights[name]
-        whole = torch.empty(weight.shape, dtype=stored)
+        whole = torch.empty(weight.shape, dtype=stored[name])
         checkpoint_state.read(checkpoint, {name: whole}, metadata)
         place = held(weight)
         fill(weight, whole[tuple(slice(part[0], part[-1] + 1) for part in place)], place)

@@ -6,7 +6,6 @@ llmtrain report runs/quickstart
 import argparse
 import json
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
 from llmtrain.tools.history import History, read_config
+from llmtrain.tools.markdown import fence, table
+from llmtrain.tools.report_experts import experts_section
 from llmtrain.tools.report_plot import draw, sparkline
 from llmtrain.train.console import duration
 
@@ -24,10 +25,15 @@ LAST_EVENTS = 15
 
 def main(argv: list[str]) -> int:
     """`llmtrain report RUN`: write the report of a run folder again."""
-    parser = argparse.ArgumentParser(prog="llmtrain report", description="Write RUN/report.md and its plot from RUN/metrics.jsonl.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder, such as runs/quickstart")
-    print(write_report(parser.parse_args(argv).run, {}))
+    print(write_report(parser().parse_args(argv).run, {}))
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The words of `llmtrain report`."""
+    p = argparse.ArgumentParser(prog="llmtrain report", description="Write RUN/report.md and its plot from RUN/metrics.jsonl.")
+    p.add_argument("run", type=Path, metavar="RUN", help="the run folder, such as runs/quickstart")
+    return p
 
 
 def write_report(run_folder: Path, extra: dict[str, Any]) -> Path:
@@ -46,6 +52,7 @@ def write_report(run_folder: Path, extra: dict[str, Any]) -> Path:
         _results(history),
         _validation(history, extra),
         _plot(history, folder, name=name, baseline=extra.get("bigram")),
+        experts_section(history, folder),
         _sample(extra.get("sample")),
         _configuration(cfg),
         _files(folder, extra),
@@ -55,14 +62,6 @@ def write_report(run_folder: Path, extra: dict[str, Any]) -> Path:
     path = folder / "report.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
-
-
-def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table."""
-    lines = [list(header), *map(list, rows)]
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    text = ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([text[0], "|" + "---|" * len(cells[0]), *text[1:]])
 
 
 def _keep_extra(path: Path, extra: dict[str, Any]) -> dict[str, Any]:
@@ -132,18 +131,12 @@ def _plot(history: History, folder: Path, *, name: str, baseline: float | None) 
         losses = history.column("loss")
         ends = f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "no finite training loss"
         hint = f"No plot: {error}. `pip install llmtrain[viz]`, then `llmtrain report {folder}` draws it."
-        return f"## Loss\n\n{ends}\n\n{_fence(sparkline(losses))}\n\n{hint}"
+        return f"## Loss\n\n{ends}\n\n{fence(sparkline(losses))}\n\n{hint}"
     return f"## Loss\n\n![loss, gradient norm and learning rate over the steps]({PLOT})"
 
 
 def _sample(text: str | None) -> str:
-    return f"## A passage by the model\n\n{_fence(text)}" if text else ""
-
-
-def _fence(text: str) -> str:
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    ticks = "`" * max(3, longest + 1)
-    return f"{ticks}text\n{text}\n{ticks}"
+    return f"## A passage by the model\n\n{fence(text)}" if text else ""
 
 
 def _configuration(cfg: RunConfig | None) -> str:
@@ -154,8 +147,9 @@ def _configuration(cfg: RunConfig | None) -> str:
     phases = ", ".join(phase.name or str(i) for i, phase in enumerate(train.phases))
     rows = [
         ("model", f"{model.layers} layers, width {model.hidden}, vocabulary {model.vocab_size or 'of the tokenizer'}"),
-        ("attention", f"{model.attention.heads} heads, {model.kv_heads} key/value heads, head width {model.head_dim}"),
+        ("attention", _attention(model)),
         ("feed-forward", _feed_forward(model)),
+        ("balance of experts", _balance(model)),
         ("multi-token prediction", f"{model.mtp.heads} head(s), loss weight {model.mtp.loss_weight:g}" if model.mtp.heads else ""),
         ("norm, initialisation", f"{model.norm.kind} {model.norm.placement}, {model.init.kind}"),
         ("data", ", ".join(getattr(source, "path", source.label) for source in cfg.data.train)),
@@ -169,10 +163,41 @@ def _configuration(cfg: RunConfig | None) -> str:
     return "## Configuration\n\n" + table(("option", ""), [row for row in rows if row[1]]) + "\n\nEverything: [config.yaml](config.yaml)."
 
 
+def _attention(model: ModelConfig) -> str:
+    a = model.attention
+    if a.kind == "gqa":
+        return f"{a.heads} heads, {model.kv_heads} key/value heads, head width {model.head_dim}"
+    queries = f"queries from {a.query_rank}, " if a.query_rank else ""
+    return (
+        f"{a.heads} latent heads, {queries}keys and values from {a.kv_rank}, head width {a.nope_dim} + {a.rope_dim}, values {a.value_dim}"
+    )
+
+
 def _feed_forward(model: ModelConfig) -> str:
     ffn = model.ffn
-    experts = f"{ffn.experts} experts, {ffn.top_k} per token, width " if ffn.kind == "moe" else ""
-    return f"{experts}{ffn.hidden} ({ffn.activation})"
+    if ffn.kind == "dense":
+        return f"{ffn.hidden} ({ffn.activation})"
+    parts = [f"{ffn.experts} experts, {ffn.top_k} per token by {ffn.router.score}, width {ffn.hidden} ({ffn.activation})"]
+    parts += [f"between projections to {ffn.descend}"] if ffn.descend else []
+    parts += [f"{ffn.shared_experts} shared"] if ffn.shared_experts else []
+    parts += [f"first {ffn.dense_layers} blocks dense, {model.of_block(0).ffn.hidden}"] if ffn.dense_layers else []
+    parts += [f"capacity {ffn.capacity.factor:g}"] if ffn.capacity else []
+    return "; ".join(parts)
+
+
+def _balance(model: ModelConfig) -> str:
+    """How experts are kept evenly used."""
+    if model.ffn.kind == "dense":
+        return ""
+    balance, router = model.ffn.balance, model.ffn.router
+    parts = []
+    if balance is not None:
+        group = {"step": "the step", 1: "each sequence"}.get(balance.sequences, f"{balance.sequences} sequences")
+        parts.append(f"loss {balance.weight:g} over {group}")
+    parts += [f"z-loss {router.z_loss:g}"] if router.z_loss else []
+    parts += [f"bias moved by {router.bias_rate:g}"] if router.bias_rate else []
+    parts += ["tokens dealt out evenly"] if router.force_balance else []
+    return ", ".join(parts) or "nothing"
 
 
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")

@@ -81,13 +81,17 @@ def smoothed(values: list[float], *, share: float = 0.02) -> list[float]:
     return result
 
 
-def sparkline(values: list[float], *, width: int = 60) -> str:
-    """The values as one line of bars, averaged into at most `width` of them; values that are not finite are passed over."""
+def sparkline(values: list[float], *, width: int = 60, low: float | None = None, high: float | None = None) -> str:
+    """The values as one line of bars, averaged into at most `width` of them; values that are not finite are passed over.
+
+    The lowest bar stands for `low`, the highest for `high`; for the least and the greatest of the means if not given.
+    """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
     count = min(width, len(finite))
     edges = [round(i * len(finite) / count) for i in range(count + 1)]
     means = [math.fsum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, span = min(means), max(means) - min(means)
+    low, high = min(means) if low is None else low, max(means) if high is None else high
+    span = high - low
     return "".join(BARS[round((mean - low) / span * (len(BARS) - 1)) if span else 0] for mean in means)

@@ -11,7 +11,7 @@ from llmtrain.device import select
 from llmtrain.errors import UserError
 from llmtrain.ops import Mask
 from llmtrain.tools.model_source import ModelSource
-from llmtrain.tools.open_model import empty_model
+from llmtrain.tools.open_model import empty_model, weights_of
 
 BOUND = 1e-5
 """Largest difference of two logits that counts as equal, relative to the largest logit: fp32 rounding over the depth of a model."""
@@ -52,11 +52,11 @@ def compare(source: ModelSource, reference: Any) -> Comparison:
 def our_model(source: ModelSource) -> torch.nn.Module:
     """The model of `source` on the CPU in fp32."""
     model = empty_model(source.cfg, select("cpu"), torch.float32)
-    parameters = dict(model.named_parameters())
+    weights = weights_of(model)
     for name, tensor in source.weights():
-        parameters.pop(name).copy_(tensor)
-    if parameters:
-        raise UserError(f"{source.path} lacks {', '.join(sorted(parameters)[:5])}")
+        weights.pop(name).copy_(tensor)
+    if weights:
+        raise UserError(f"{source.path} lacks {', '.join(sorted(weights)[:5])}")
     return model
 
 

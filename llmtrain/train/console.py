@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-ERASE_LINE = "\r\x1b[2K"
+from llmtrain.train.metrics import worst
 
-# What a mixture of experts adds to the metrics, and its short name on the line.
-EXPERT_COLUMNS = {"load_max_mean": "load", "load_entropy": "entropy", "dropped": "dropped"}
+ERASE_LINE = "\r\x1b[2K"
 
 
 class Console:
@@ -73,7 +72,8 @@ class Console:
 
 
 def progress_line(*, step: int, total: int, values: dict, eta: float | None) -> str:
-    """One line: step, ETA, loss, gradient norm, learning rate, tokens/s, MFU, memory, expert load, as far as `values` has them."""
+    """One line: step, ETA, loss, gradient norm, learning rate, tokens/s, MFU, memory, and of experts the worst layer's load, entropy and
+    dropped share, as far as `values` has them."""
     parts = [
         f"step {step:>{len(str(total))}}/{total}",
         f"loss {values['loss']:.4f}",
@@ -85,7 +85,7 @@ def progress_line(*, step: int, total: int, values: dict, eta: float | None) -> 
         parts.append(f"MFU {100 * values['mfu']:.1f}%")
     if values.get("memory_gb"):
         parts.append(f"mem {values['memory_gb']:.2f}G")
-    parts += [f"{short} {values[name]:.3g}" for name, short in EXPERT_COLUMNS.items() if values.get(name) is not None]
+    parts += [f"{name} {value:.3g}" for name, value in worst(values.get("experts")).items()]
     parts += [name for name in ("spike", "skipped") if values.get(name)]
     if eta is not None:
         parts.insert(1, f"ETA {duration(eta)}")  # a narrow terminal cuts the end of the line

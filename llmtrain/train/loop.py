@@ -18,6 +18,7 @@ from llmtrain.parallel.mesh import Mesh
 from llmtrain.train.checkpoint import Checkpointer
 from llmtrain.train.checkpoint_files import complete
 from llmtrain.train.console import Console
+from llmtrain.train.experts import ExpertHealth
 from llmtrain.train.guards import GuardStop, SpikeDetector, check_finite
 from llmtrain.train.metrics import MetricSink, SpeedMeter
 from llmtrain.train.profile import StepProfiler
@@ -59,6 +60,7 @@ class Loop:
         self.cfg, self.engine, self.plan, self.inputs, self.mesh, self.device = cfg, engine, plan, inputs, mesh, device
         self.checkpointer, self.sinks, self.console, self.folder = checkpointer, sinks, console, folder
         self.spikes = SpikeDetector(cfg.guards.spike)
+        self.experts = ExpertHealth(cfg.guards.experts, cfg.model)
         self.next_step = 0
         self.loss: float | None = None
         self.validation: dict[str, float] = {}
@@ -117,17 +119,28 @@ class Loop:
             self.engine.apply(lr=step.lr)
         self.loss, self.next_step = result.loss, step.index + 1
         compiling = result.metrics.get("compile_seconds", 0.0)
-        self.speed.exclude(compiling)
+        self.speed.exclude(compiling + result.metrics.get("move_seconds", 0.0))
         self.speed.end_step(tokens=step.batch * step.seq_len, flops_per_token=flops_per_token(self.cfg.model, step.seq_len))
         self._report(step, result, norm=norm, skipped=skipped, spike=bool(spike and spike.spike), waited=waited)
         if compiling:
             self._event(step, f"compiled the blocks for sequences of {step.seq_len} tokens in {compiling:.0f} s, not counted as training")
+        for text in result.events:
+            self._event(step, text)
         if overflow:
             self._event(step, "fp16 gradients overflowed; step discarded, loss scale halved")
         elif problem:
             self._event(step, f"{_blame(problem, step, result)}; step discarded")
         elif spike.spike:
             self._event(step, f"spike: {spike.reason}" + ("; step discarded" if skipped else ""))
+        self._watch_experts(step, result)
+
+    def _watch_experts(self, step: Step, result: StepResult) -> None:
+        self.experts.add(result)
+        for finding in self.experts.judge(result):
+            self._event(step, finding.text)
+            if finding.stop:
+                self._write_shares(step.index + 1)
+                raise GuardStop(f"step {step.index + 1}: {finding.text}")
 
     def _report(self, step: Step, result: StepResult, *, norm: float, skipped: bool, spike: bool, waited: float) -> None:
         if self.mesh.rank or ((step.index + 1) % self.cfg.metrics.every and step.index + 1 != self.plan.steps):
@@ -155,6 +168,10 @@ class Loop:
         eta = self.speed.eta(self.plan.tokens - values["tokens"])
         self.console.progress(step=step.index + 1, total=self.plan.steps, values=values, eta=eta)
 
+    def _write_shares(self, done: int) -> None:
+        if line := self.experts.line():
+            self._write(done, line)
+
     def _after_step(self, step: Step, stop: StopRequest) -> bool:
         """Validation and checkpoints that are due; True if the run has to stop here."""
         train, every, done = self.cfg.train, self.cfg.checkpoint.every, step.index + 1
@@ -162,7 +179,10 @@ class Loop:
         reason = stop.should_stop()
         stopping = self.mesh.any(reason is not None) and not last
         with self.speed.pause():
-            if self.inputs.validation and not stopping and (last or (train.validate_every and done % train.validate_every == 0)):
+            due = last or (train.validate_every > 0 and done % train.validate_every == 0)
+            if due or stopping:
+                self._write_shares(done)
+            if self.inputs.validation and not stopping and due:
                 self.validation = self.validate(done, micro_batch=step.micro_batch)
             if last or stopping or (every and done % every == 0):
                 self._save()
@@ -221,6 +241,7 @@ class Loop:
         self.engine.load_state(state)
         self.engine.load_extra_state(meta["engine"])
         self.spikes.load_state(meta["spikes"])
+        self.experts.load_state(meta.get("experts"))
         self.next_step = meta["step"]
         self._forget_metrics(meta["step"])
         self._say(f"resumed from step {meta['step']}: {meta['tokens'] / 1e6:.2f}M tokens, next sample {meta['position']} ({path})")
@@ -267,6 +288,7 @@ class Loop:
             "tokens": last.tokens_before + last.batch * last.seq_len,
             "engine": self.engine.extra_state(),
             "spikes": self.spikes.state(),
+            "experts": self.experts.state(),
             "loss": self.loss,
         }
         self.checkpointer.save(done, self.engine.state(), meta)

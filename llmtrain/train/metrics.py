@@ -15,14 +15,18 @@ from llmtrain.config.train import MetricsConfig
 from llmtrain.errors import UserError
 from llmtrain.train.speed import SpeedMeter as SpeedMeter
 
-Value = float | int | str | list | None
+Value = float | int | str | list | dict | None
+
+
+WORST = {"load": max, "entropy": min, "dropped": max, "rank_load": max}
+"""What a step's `experts` say of every layer, and which of the layers is the worst."""
 
 
 class MetricSink(Protocol):
     """Takes lines of metrics; used on rank 0 only."""
 
     def write(self, step: int, values: dict[str, Value]) -> None:
-        """One line after `step` optimizer steps. `values["kind"]` is train, validation or event (docs/run-folder.md)."""
+        """One line after `step` optimizer steps. `values["kind"]` is train, validation, experts or event (docs/run-folder.md)."""
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -139,6 +143,12 @@ def build_sinks(cfg: MetricsConfig, folder: Path, run: dict, *, say: Callable[[s
     return sinks
 
 
+def worst(experts: dict[str, Any] | None) -> dict[str, float]:
+    """Of a step's `experts` those of the worst layer: the fullest expert's tokens over the mean, the entropy, the share dropped,
+    and with parallel.expert_placement the fullest rank's tokens over the mean."""
+    return {name: pick(experts[name]) for name, pick in WORST.items() if experts and experts.get(name)}
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl in order, non-finite numbers as floats again; a last line cut short is passed over.
 
@@ -172,8 +182,21 @@ def _json_safe(value):
 def _scalars(values: dict[str, Value]) -> dict[str, float]:
     if values.get("kind") == "validation":
         return {f"validation/{values['source']}": values["loss"]}
+    kind = values.get("kind", "train")
+    if kind not in ("train", "event"):
+        return {}
     numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
-    return {f"{values.get('kind', 'train')}/{name}": value for name, value in numbers.items()}
+    return {f"{kind}/{name}": value for name, value in numbers.items()} | _expert_scalars(values.get("experts"))
+
+
+def _expert_scalars(experts: dict[str, Any] | None) -> dict[str, float]:
+    """`experts_load/3` for layer 3, and so on, and those of the worst layer among the other numbers."""
+    if not experts:
+        return {}
+    of_layers = {name: values for name, values in experts.items() if isinstance(values, list)}
+    first = experts.get("first_layer", 0)
+    each = {f"experts_{name}/{first + at}": value for name, values in of_layers.items() for at, value in enumerate(values)}
+    return {f"train/experts_{name}": value for name, value in worst(experts).items()} | each
 
 
 def _cut_partial_line(path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from llmtrain.config.load import load
 from llmtrain.config.mesh_dependent import mesh_dependent
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import count_parameters, flops_per_token, memory_estimate
+from llmtrain.config.parameters import count_parameters, flops_per_token
 from llmtrain.config.published import PRESETS
 
 
@@ -72,23 +72,6 @@ def test_flops_conventions():
     assert flops_per_token(model, 8, causal=True) == 6 * weights + 12 * 2 * 16 * 4.5
     windowed = model.model_copy(update={"attention": model.attention.model_copy(update={"window": 2})})
     assert flops_per_token(windowed, 8) == 6 * weights + 12 * 2 * 16 * (1 + 7 * 2) / 8
-
-
-def test_memory_of_a_shard():
-    run = load(None, ["--model", "llama3_8b", "--parallel.dp_shard", "-1"]).run
-    alone, eight = memory_estimate(run, 1), memory_estimate(run, 8)
-    assert alone["parameters"] == 4 * 8_030_261_248 and eight["parameters"] == alone["parameters"] / 8
-    assert eight["optimizer moments"] == 2 * eight["parameters"]
-
-
-def test_memory_on_the_host_is_no_part_of_a_devices():
-    words = ["--model", "llama3_8b", "--optim.offload", "--train.offload", "[block_input]"]
-    plain, away = (memory_estimate(load(None, given).run, 1) for given in (words[:2], words))
-    total = "total without activations inside blocks"
-    assert away["moments on the host"] == plain["optimizer moments"] and away["optimizer moments"] == plain["optimizer moments"] * 3 / 16
-    assert away["block inputs on the host"] == plain["block inputs"] and away["block inputs"] == plain["block inputs"] * 2 / 32
-    freed = plain["optimizer moments"] * 13 / 16 + plain["block inputs"] * 30 / 32
-    assert plain[total] - away[total] == pytest.approx(freed) and list(plain)[-1] == total
 
 
 def test_sixteen_bit_sums_are_labelled():

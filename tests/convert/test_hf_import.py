@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from hf_models import SHAPE, make, ours, save, tokens
+from hf_models import OWN, SHAPE, make, ours, save, tokens
 from safetensors.torch import load_file, save_file
 
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import count_parameters
 from llmtrain.convert.export import export_hf
 from llmtrain.convert.hf_read import model_config, model_values, read_config
 from llmtrain.convert.import_hf import load_into, read_weights
@@ -36,6 +38,23 @@ CASES = {
     "qwen3, head dim, tied": {"head_dim": 16, "tie_word_embeddings": True},
     "qwen3, biases": {"head_dim": 16, "attention_bias": True},
     "qwen3, window": {"head_dim": 8, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+    "mixtral": {},
+    "mixtral, window, top 1, tied": {"sliding_window": 7, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    "mixtral, head dim, yarn": {"head_dim": 16, "rope_parameters": YARN},
+    "qwen3_moe": {},
+    "qwen3_moe, norm": {"norm_topk_prob": True, "head_dim": 16, "num_experts": 6},
+    "qwen3_moe, dense first, tied": {"mlp_only_layers": [0], "tie_word_embeddings": True},
+    "qwen3_moe, biases, window": {"attention_bias": True, "use_sliding_window": True, "sliding_window": 7},
+    "deepseek_v3": {},
+    "deepseek_v3, no query rank, as they are": {"q_lora_rank": None, "norm_topk_prob": False, "routed_scaling_factor": 1.5},
+    "deepseek_v3, no groups, two shared, eps": {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-3},
+    "deepseek_v3, all experts, tied": {"first_k_dense_replace": 0, "tie_word_embeddings": True},
+    "deepseek_v3, all dense": {"first_k_dense_replace": 2},
+    "deepseek_v3, none shared": {"n_shared_experts": 0},
+    "deepseek_v3, yarn": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    "deepseek_v3, yarn, mscale": {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.4}},
+    "deepseek_v3, yarn, scale alone": {"rope_parameters": YARN | {"mscale_all_dim": 0.7}},
+    "deepseek_v3, yarn, plain": {"rope_parameters": YARN | {"mscale": 0.7}},
 }
 
 
@@ -105,6 +124,10 @@ def test_some_tensors_only(tmp_path):
         load_into({"head.weight": torch.zeros(98, 32)}, folder, cfg)
 
 
+QWEN3_MOE, MIXTRAL, DEEPSEEK = (
+    {"architectures": [f"{name}ForCausalLM"]} | OWN[family]
+    for name, family in (("Qwen3Moe", "qwen3_moe"), ("Mixtral", "mixtral"), ("DeepseekV3", "deepseek_v3"))
+)
 # What a file must not say, and how that is refused.
 REFUSED = {
     "architecture 'GPT2LMHeadModel' .*allowed: LlamaForCausalLM, Qwen2ForCausalLM": {"architectures": ["GPT2LMHeadModel"]},
@@ -141,6 +164,23 @@ REFUSED = {
         "layer_types": ["sliding_attention"] * 2,
     },
     "num_key_value_heads is missing": {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": None},
+    "decoder_sparse_step 2 cannot be imported; allowed: 1": QWEN3_MOE | {"decoder_sparse_step": 2},
+    "mlp_only_layers .*the first layers alone": QWEN3_MOE | {"mlp_only_layers": [1]},
+    "shared_expert_intermediate_size 24": QWEN3_MOE | {"shared_expert_intermediate_size": 24},
+    "n_routed_experts 8": QWEN3_MOE | {"n_routed_experts": 8},
+    "architecture 'Qwen2MoeForCausalLM'": {"architectures": ["Qwen2MoeForCausalLM"]},
+    "router_jitter_noise 0.1": MIXTRAL | {"router_jitter_noise": 0.1},
+    "top_k 9 is more than model.ffn.experts 4": MIXTRAL | {"num_experts_per_tok": 9},
+    'topk_method "group_limited_greedy" cannot be imported; allowed: "noaux_tc"': DEEPSEEK | {"topk_method": "group_limited_greedy"},
+    'scoring_func "softmax"': DEEPSEEK | {"scoring_func": "softmax"},
+    "moe_layer_freq 2": DEEPSEEK | {"moe_layer_freq": 2},
+    "rope_interleave false": DEEPSEEK | {"rope_interleave": False},
+    "attention_bias true": DEEPSEEK | {"attention_bias": True},
+    "num_key_value_heads 2 .*num_attention_heads, 4": DEEPSEEK | {"num_key_value_heads": 2},
+    "n_group is missing": DEEPSEEK | {"n_group": None},
+    "n_shared_experts is missing": DEEPSEEK | {"n_shared_experts": None},
+    "rope_type 'longrope'": DEEPSEEK | {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+    "num_local_experts 4": DEEPSEEK | {"num_local_experts": 4},
     "bias true cannot be imported; allowed: false together with sandwich_norm": {
         "architectures": ["PanguEmbeddedForCausalLM"],
         "sandwich_norm": True,
@@ -160,10 +200,40 @@ def test_what_would_compute_something_else_is_refused(message, tmp_path):
 
 def test_fields_left_out_are_transformers_defaults():
     left_out = ("max_position_embeddings", "tie_word_embeddings", "initializer_range")
-    for family, architecture in (("Llama", "LlamaForCausalLM"), ("Qwen2", "Qwen2ForCausalLM"), ("Qwen3", "Qwen3ForCausalLM")):
-        shape = {name: value for name, value in SHAPE.items() if name not in left_out}
-        whole = getattr(transformers, f"{family}Config")(**shape).to_dict()
-        assert model_values(shape | {"architectures": [architecture]}) == model_values(whole | {"architectures": [architecture]})
+    for family in ("Llama", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe", "DeepseekV3"):
+        shape = {name: value for name, value in SHAPE.items() if name not in left_out} | {"num_attention_heads": 128, "hidden_size": 256}
+        shape |= {"num_hidden_layers": 5, "num_key_value_heads": 128}
+        whole, architecture = getattr(transformers, f"{family}Config")(**shape).to_dict(), {"architectures": [f"{family}ForCausalLM"]}
+        assert model_values(shape | architecture) == model_values(whole | architecture)
+    few = {name: value for name, value in shape.items() if name != "num_key_value_heads"}
+    for family, heads in (("Mixtral", 8), ("Qwen3Moe", 4), ("DeepseekV3", 128)):
+        read = model_values(few | {"architectures": [f"{family}ForCausalLM"]})["attention"]
+        assert read.get("kv_heads", read["heads"]) == getattr(transformers, f"{family}Config")().num_key_value_heads == heads
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV3"])
+def test_published_sizes_count_as_in_transformers(family):
+    """The defaults of transformers' classes are Mixtral 8x7B, a Qwen3-MoE, and DeepSeek-V3 671B."""
+    config = getattr(transformers, f"{family}Config")()
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    cfg = ModelConfig.model_validate(model_values(config.to_dict() | {"architectures": [f"{family}ForCausalLM"]}))
+    assert count_parameters(cfg)["total"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_both_names_of_the_number_of_experts():
+    for name in ("num_experts", "num_local_experts"):  # transformers 4 writes the first of Qwen3-MoE, 5 the second
+        config = QWEN3_MOE | SHAPE | {"num_experts": None} | {name: 4}
+        assert model_values(config)["ffn"]["experts"] == 4
+
+
+def test_experts_in_several_formats_are_refused(tmp_path):
+    folder = save(make("mixtral", {}), tmp_path / "hf")
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    changed(folder, lambda weights: weights.update({name: weights[name].half()}))
+    assert "the experts of blocks.1.ffn.experts.gate_proj are stored in several formats: F16, F32" in refusal(folder)
+    changed(folder, lambda weights: weights.pop(name))
+    assert f"missing: {name}" in refusal(folder)
 
 
 def test_no_config(tmp_path):

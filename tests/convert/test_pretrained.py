@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hf_models import make, ours, save, tokens
+from hf_models import make, ours, save, tokens, weights
 from worlds import run_world
 
 from llmtrain.config.errors import ConfigError
@@ -23,40 +23,55 @@ from llmtrain.tools.convert import main as convert
 pytest.importorskip("transformers", reason="the models are made by transformers")
 
 
+COPIES = {"native": "hf", "latent": "deepseek", "mixed": "mixtral"}
+"""Run folders, and the Hugging Face folders that they are converted from."""
+EXPERTS = {"ep": {"dp_shard": 2, "ep": 2}, "tp": {"tp": 2}, "tp, ep": {"tp": 2, "ep": 2}, "etp": {"tp": 2, "etp": 2}}
+SHARED = ["hf shard", "hf replicate", "native shard", "tied shard", "latent ep"]
+SHARED += [f"{model} {axes}" for model in ("deepseek", "mixtral") for axes in EXPERTS]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """hf: a sharded Qwen3; tied: a tied Llama; native: the Qwen3 converted to a run folder."""
+    """hf: a sharded Qwen3; tied: a tied Llama; deepseek and mixtral; run folders of them."""
     place = tmp_path_factory.mktemp("pretrained")
     save(make("qwen3", {"head_dim": 16}), place / "hf", shard="20KB")
     save(make("llama", {"tie_word_embeddings": True}), place / "tied")
-    assert convert([str(place / "hf"), str(place / "native"), "--to", "native"]) == 0
+    save(make("deepseek_v3", {}), place / "deepseek", shard="20KB")
+    save(make("mixtral", {}), place / "mixtral", shard="20KB")
+    for made, source in COPIES.items():
+        assert convert([str(place / source), str(place / made), "--to", "native"]) == 0
     return place
 
 
 @pytest.fixture(scope="module")
 def loaded(place, tmp_path_factory):
     """The same loads by one rank and by two."""
-    hf, native, tied = (str(place / name) for name in ("hf", "native", "tied"))
-    one = {"hf": {"pretrained": hf, "parallel": {}}, "tied": {"pretrained": tied, "parallel": {}}}
-    one["native"] = {"pretrained": native, "parallel": {}}
-    two = {f"{name} shard": scenario | {"parallel": {"dp_shard": 2}} for name, scenario in one.items()}
-    two["hf replicate"] = one["hf"] | {"parallel": {"dp_replicate": 2}}
+    one = {name: {"pretrained": str(place / name), "parallel": {}} for name in ("hf", "tied", "deepseek", "mixtral", *COPIES)}
+    axes = {"shard": {"dp_shard": 2}, "replicate": {"dp_replicate": 2}, **EXPERTS}
+    two = {name: one[name.split()[0]] | {"parallel": axes[name.split(maxsplit=1)[1]]} for name in SHARED}
+    for name in ("mixtral", "mixed"):
+        one[f"{name} bias"] = one[name] | {"ffn": {"router": {"bias_rate": 0.01}, "balance": {"weight": 0.1}}}
     results = {}
     for ranks, scenarios in ((1, one), (2, two)):
         results |= run_world("pretrained_world:load_all", ranks, args={"scenarios": scenarios}, folder=tmp_path_factory.mktemp("world"))
     return results
 
 
-@pytest.mark.parametrize("name", ["hf shard", "hf replicate", "native shard", "tied shard"])
+def stored(place, name):
+    """The weights of the Hugging Face folder behind a model, by their keys in a state."""
+    return {f"{n}.weight": p.detach().numpy() for n, p in weights(ours(place / COPIES.get(name, name))[1]).items()}
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_any_mesh_holds_the_stored_weights(loaded, place, name):
-    folder = place / ("tied" if "tied" in name else "hf")
-    weights = {f"{n}.weight": p.detach().numpy() for n, p in ours(folder)[1].named_parameters()}
-    for run in (loaded[name], loaded[name.split()[0]]):
+    model = name.split()[0]
+    expected = stored(place, model)
+    for run in (loaded[name], loaded[model]):
         state = run["state"]
-        assert {n for n in state if n.endswith(".weight")} == weights.keys()
-        assert all(np.array_equal(state[n], weight) for n, weight in weights.items())
+        assert {n for n in state if n.endswith(".weight")} == expected.keys()
+        assert all(np.array_equal(state[n], weight) for n, weight in expected.items())
         assert state["step"] == 0 and not any(state[n].any() for n in state if n.endswith("exp_avg"))
-    np.testing.assert_allclose(loaded[name]["logits"], loaded[name.split()[0]]["logits"], atol=1e-5)
+    np.testing.assert_allclose(loaded[name]["logits"], loaded[model]["logits"], atol=1e-5)
 
 
 def test_a_rank_reads_its_own_part(loaded):
@@ -67,6 +82,27 @@ def test_a_rank_reads_its_own_part(loaded):
     assert loaded["native shard"]["reads"] == [[], []]
     begun, done = loaded["hf shard"]["said"]
     assert begun.startswith("reading the weights of ") and done.startswith("weights: ") and done.endswith(" s")
+
+
+def test_a_rank_reads_its_own_experts(loaded):
+    """Of 4, and of 8 with a width of 24: whole ones, each rank others; under etp half of each."""
+    for name, experts in (("mixtral tp, ep", 4), ("deepseek ep", 8)):
+        first, second = ({n for n, _ in rank if ".experts." in n} for rank in loaded[name]["reads"])
+        layers = 2 if experts == 4 else 1
+        assert len(first) == len(second) == experts // 2 * 3 * layers and not first & second
+    for rank in loaded["deepseek etp"]["reads"]:
+        assert {size for n, size in rank if ".experts." in n} == {24 * 32 // 2}
+        assert sum(".experts." in n for n, _ in rank) == 8 * 3
+
+
+def test_routers_may_be_given_a_bias(loaded, place):
+    for name in ("mixtral bias", "mixed bias"):
+        state, expected = loaded[name]["state"], stored(place, "mixtral")
+        biases = [n for n in state if n.endswith("router.bias.weight")]
+        assert len(biases) == 2 and not any(state[n].any() for n in biases)
+        assert all(np.array_equal(state[n], weight) for n, weight in expected.items())
+        np.testing.assert_array_equal(loaded[name]["logits"], loaded["mixtral"]["logits"])
+        assert "ffn.router.bias_rate 0.01 (pretrained: null)" in loaded[name]["said"][-1]
 
 
 def test_every_placement(place, tmp_path):
@@ -98,6 +134,15 @@ CONFLICTS = {
     "give one of them": ["--model.preset", "llama3_8b"],
     "nowhere: no config.json .*and no config.yaml": ["--model.pretrained", "nowhere"],
 }
+
+
+def test_a_bias_of_routers_may_not_be_taken_away(place):
+    with pytest.raises(ConfigError, match=r"ffn\.router\.bias_rate null conflicts"):
+        load(None, ["--model.pretrained", str(place / "deepseek"), "--model.ffn.router.bias_rate", "null"])
+    words = ["--model.ffn.router.bias_rate", "0.001", "--model.ffn.balance.sequences", "1", "--model.ffn.capacity.factor", "2"]
+    words += ["--model.ffn.router.z_loss", "1e-3", "--model.ffn.router.force_balance"]
+    ffn = load(None, ["--model.pretrained", str(place / "deepseek"), *words]).run.model.ffn
+    assert ffn.experts == 8 and ffn.router.bias_rate == 0.001 and ffn.balance.sequences == 1 and ffn.router.groups == 4
 
 
 @pytest.mark.parametrize("message", CONFLICTS)

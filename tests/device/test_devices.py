@@ -159,17 +159,17 @@ def test_auto_warns_when_it_passes_over_an_npu_that_the_machine_is_set_up_for(no
 
 
 def test_hccl_waits_as_long_as_the_run_unless_the_user_says_otherwise(monkeypatch):
-    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "HCCL_BUFFSIZE"):
+    names = ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT")
+    for name in names:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    device = object.__new__(NpuDevice)  # where torch_npu is not loaded, torch has no name for it
-    assert device.process_group_options(timedelta(seconds=20.5), buffer_mb=100) == {}
-    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"], os.environ["HCCL_BUFFSIZE"]) == ("120", "21", "100")
-    device.process_group_options(timedelta(seconds=630))
-    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]) == ("630", "630")
+    npu.limit_hccl(timedelta(seconds=20.5))
+    assert [os.environ[name] for name in names] == ["120", "21"]
+    npu.limit_hccl(timedelta(seconds=630))
+    assert [os.environ[name] for name in names] == ["630", "630"]
     monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "99")
-    device.process_group_options(timedelta(hours=9))
-    assert (os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]) == ("7200", "99")
+    npu.limit_hccl(timedelta(hours=9))
+    assert [os.environ[name] for name in names] == ["7200", "99"]
 
 
 def test_volta_has_no_bf16():
@@ -186,6 +186,7 @@ def test_autocast_follows_what_the_device_has(monkeypatch):
 def test_back_ends_and_options():
     assert (CudaDevice.collective_backend, NpuDevice.collective_backend, select("cpu").collective_backend) == ("nccl", "hccl", "gloo")
     assert CudaDevice(3).process_group_options(timedelta(1)) == {"device_id": torch.device("cuda", 3)}
+    assert CudaDevice(3).group_options(timedelta(1)) is None and select("cpu").group_options(timedelta(1), buffer_mb=9) is None
 
 
 class Streams:

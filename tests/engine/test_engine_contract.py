@@ -1,29 +1,18 @@
 """The loop drives any engine through the interface alone: the native one and a second one that shares no code with it."""
 
-import json
 import math
 
 import pytest
-import torch
 from fake_engine import TableEngine
-from sameness import BASE, Documents, merge
+from loop_runs import build, configure, loop
 
 from llmtrain.config.run import RunConfig
 from llmtrain.device import select
 from llmtrain.engine.base import check_capabilities
-from llmtrain.engine.native import build as build_native
 from llmtrain.errors import UserError
-from llmtrain.layout.steps import StepPlan
 from llmtrain.model.objective import cross_entropy
-from llmtrain.ops import Call, resolve
 from llmtrain.parallel import mesh as world
-from llmtrain.train.checkpoint import Checkpointer
-from llmtrain.train.console import Console
 from llmtrain.train.guards import GuardStop
-from llmtrain.train.loop import Inputs, Loop
-from llmtrain.train.metrics import JsonlSink
-from llmtrain.train.run_folder import RunFolder
-from llmtrain.train.stopping import StopRequest
 
 ENGINES = ("native", "table")
 
@@ -33,45 +22,6 @@ def mesh():
     mesh = world.start(RunConfig().parallel, device=select("cpu"))
     yield mesh
     world.stop(mesh)
-
-
-def configure(tmp_path, **changes) -> RunConfig:
-    own = {"name": "run", "output": str(tmp_path), "precision": "fp64", "train": {"steps": 6, "validate_every": 3, "validate_samples": 5}}
-    own["checkpoint"] = {"every": 2, "asynchronous": False}
-    return RunConfig.model_validate(merge(merge(BASE, own), changes))
-
-
-def build(kind: str, cfg: RunConfig, mesh):
-    if kind == "table":
-        return TableEngine(cfg, objective=cross_entropy, mesh=mesh, discard=True)
-    ops = resolve({}, Call(device="cpu", dtype=torch.float64, documents=True, head_dim=8, heads=4, kv_heads=2))
-    return build_native(cfg, objective=cross_entropy, mesh=mesh, device=select("cpu"), ops=ops)
-
-
-def loop(kind: str, cfg: RunConfig, mesh, *, stop=None, engine=None) -> tuple[int, Loop, list[dict]]:
-    engine = engine or build(kind, cfg, mesh)
-    with RunFolder.create(cfg) as folder, StopRequest(cfg.guards) as request:
-        sink = JsonlSink(folder.metrics)
-        data = Documents()
-        short = Documents()
-        short.__class__ = type("Short", (Documents,), {"__len__": lambda self: 5})
-        run = Loop(
-            cfg,
-            engine=engine,
-            plan=StepPlan.from_config(cfg),
-            inputs=Inputs(dataset_of=lambda phase: data, validation={"held-out": short}),
-            mesh=mesh,
-            device=select("cpu"),
-            folder=folder,
-            checkpointer=Checkpointer(folder.path, cfg.checkpoint, log=lambda text: None),
-            sinks=[sink],
-            console=Console(enabled=False),
-        )
-        try:
-            code = run.run(stop or request)
-        finally:
-            sink.close()
-        return code, run, [json.loads(line) for line in folder.metrics.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", ENGINES)

@@ -33,3 +33,10 @@ def test_clipping(end, documents):
 def test_it_needs_no_torch():
     code = "import sys, llmtrain_kernels.mask; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_is_made_of_a_mask_is_made_once():
+    mask, made = Mask(documents=((2, 3),)), []
+    assert [mask.once("sum", lambda mask: made.append(mask) or 5) for _ in range(3)] == [5, 5, 5] and made == [mask]
+    assert mask.windowed(2) is mask.windowed(2) == Mask(documents=((2, 3),), window=2)
+    assert mask == Mask(documents=((2, 3),)) and hash(mask) == hash(Mask(documents=((2, 3),)))

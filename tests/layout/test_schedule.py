@@ -6,19 +6,21 @@ from itertools import product
 import pytest
 
 from llmtrain.errors import UserError
-from llmtrain.layout.schedule import KINDS, Action, build, forward_only, peak_activations, resolve, stage_rank, with_communication
+from llmtrain.layout.schedule import KINDS, Action, bubble, build, forward_only, peak_activations, resolve, stage_rank, with_communication
 from llmtrain.layout.schedule_orders import rounds
 
 MICRO_BATCHES = (1, 2, 3, 5, 8, 11, 16, 32)
+PAIRS = "interleaved, pairs"
 VIRTUAL = {"gpipe": (1, 2, 3, 4), "1f1b": (1,), "interleaved": (2, 3, 4), "zero_bubble": (1, 2, 3, 4), "zbv": (2,), "dualpipev": (2,)}
-CASES = [(kind, p, v) for kind in KINDS for p in range(1, 9) for v in VIRTUAL[kind]]
+VIRTUAL[PAIRS] = (2, 3)
+CASES = [(kind, p, v) for kind in (*KINDS, PAIRS) for p in range(1, 9) for v in VIRTUAL[kind]]
 STEP = {"F": 1, "B": -1}
 
 
 def schedules(kind: str, p: int, v: int):
     for n in MICRO_BATCHES:
         if kind != "dualpipev" or n >= 2 * p:
-            yield build(kind, ranks=p, virtual_stages=v, micro_batches=n)
+            yield build(kind.partition(",")[0], ranks=p, virtual_stages=v, micro_batches=n, pairs=kind == PAIRS)
 
 
 class Machine:
@@ -166,6 +168,7 @@ def promised(kind: str, p: int, v: int, n: int, rank: int) -> int:
         "gpipe": v * n,
         "1f1b": min(n, p - rank),
         "interleaved": min(n * v, (v - 1) * group + 2 * (p - 1 - rank) + 1),
+        PAIRS: min(n * v, (v - 1) * group + 2 * (p - 1 - rank) + 2),
         "zero_bubble": min(n * v, (v - 1) * group + p),
         "zbv": min(2 * n, 2 * p),
         "dualpipev": min(2 * n, 2 * p + 1),
@@ -232,8 +235,18 @@ def test_auto_follows_the_stages_per_rank():
         ("dualpipev", 4, 2, 7, r"2 x 4 = 8 micro-batches.*train\.global_batch / \(train\.micro_batch x dp\) gives 7"),
         ("zigzag", 4, 2, 7, r"parallel\.schedule 'zigzag'.*gpipe, 1f1b"),
         ("gpipe", 4, 1, 0, r"0 micro-batches"),
+        ("1f1b, pairs", 4, 1, 8, r"overlap_micro_batches: schedule 1f1b has no pairs.*dualpipev or interleaved"),
     ],
 )
 def test_impossible_combinations_name_the_options(kind, p, v, n, says):
+    kind, pairs, _ = kind.partition(", pairs")
     with pytest.raises(UserError, match=says):
-        build(kind, ranks=p, virtual_stages=v, micro_batches=n)
+        build(kind, ranks=p, virtual_stages=v, micro_batches=n, pairs=bool(pairs))
+
+
+def test_pairs_take_no_more_time_than_their_halves_one_after_the_other_and_cost_one_activation():
+    plain, paired = (build("interleaved", ranks=8, virtual_stages=2, micro_batches=16, pairs=pairs) for pairs in (False, True))
+    assert bubble(paired) == pytest.approx(bubble(plain))
+    assert [b - a for a, b in zip(peak_activations(plain), peak_activations(paired))] == [1] * 8
+    parts = [action.parts for actions in paired.actions for action in actions if action.parts]
+    assert len(parts) == 128 and all(forward.micro_batch != backward.micro_batch for forward, backward in parts)

@@ -81,6 +81,31 @@ def test_costs_add_up_to_the_flops_of_a_token(ffn, heads):
     assert c.block == pytest.approx(6 * projections + 12 * 64 * 16.5)
 
 
+def test_dense_layers_before_experts_count_as_what_they_are():
+    ffn = {"kind": "moe", "hidden": 48, "experts": 6, "top_k": 2, "shared_experts": 1, "dense_layers": 2, "dense_hidden": 500}
+    latent = {"kind": "mla", "heads": 4, "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+    shape = {"vocab_size": 1000, "hidden": 64, "layers": 5, "attention": latent, "mtp": {"heads": 1}}
+    model = ModelConfig.model_validate(shape | {"ffn": ffn})
+    c = costs(model, 32)
+    dense, other = (
+        costs(ModelConfig.model_validate(shape | {"ffn": one}), 32).block for one in ({"hidden": 500}, ffn | {"dense_layers": 0})
+    )
+    assert c.blocks == (dense, dense, other, other, other) and c.block == pytest.approx((2 * dense + 3 * other) / 5)
+    assert c.of_stages((1, 2, 0, 2)) == pytest.approx((dense, dense + other, 0, 2 * other + c.head + c.mtp))
+    assert sum(c.of_stages((1, 2, 0, 2))) == pytest.approx(flops_per_token(model, 32))
+    assert c.mtp == pytest.approx(other + 6 * 2 * 64 * 64 + c.head)
+
+
+def test_61_blocks_of_pangu_ultra_moe_over_32_stages():
+    """Dense blocks cost what those with experts do but for the router; two passes of the head and the block ahead cost 4.5 of them."""
+    model = ModelConfig.model_validate({"preset": "pangu_ultra_moe_718b", "mtp": {"heads": 1}})
+    c = costs(model, 4096)
+    assert c.blocks[2] / c.blocks[3] == pytest.approx(1, abs=0.003) and (c.head + c.mtp) / c.block == pytest.approx(4.5, abs=0.01)
+    split = split_layers(model, 32, seq_len=4096, ranks=16)
+    assert split == (*[2] * 15, 1, *[2] * 15, 0)
+    assert rank_totals(split, ranks=16) == [4] * 15 + [1]
+
+
 def test_multi_token_prediction_counts_with_the_last_stage():
     model = ModelConfig.model_validate({**PANGU, "mtp": {"heads": 1}})
     split = split_layers(model, 8, seq_len=4096)

@@ -12,6 +12,11 @@ from llmtrain.layout.steps import StepPlan
 from llmtrain.layout.traffic import sent, traffic
 
 MOE = {"model": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}}}
+LATENT = {"kind": "mla", "heads": 4, "query_rank": 20, "kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "value_dim": 6}
+MLA, DIRECT_MLA = ({"model": {"attention": LATENT | change}} for change in ({}, {"query_rank": None}))
+DEEPSEEK = merge(MLA, {"model": {"ffn": MOE["model"]["ffn"] | {"shared_experts": 1, "dense_layers": 1, "dense_hidden": 40}}})
+BIASED = {"model": {"ffn": {"router": {"score": "sigmoid", "groups": 2, "bias_rate": 0.01}}}}
+BIGMAC = {"model": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 32, "descend": 8, "activation": "gelu", "bias": True}}}
 GPT = {
     "position": {"kind": "learned"},
     "max_seq_len": 32,
@@ -21,6 +26,7 @@ GPT = {
 }
 FULL = {"train": {"recompute": "full"}}
 PERMUTE = {"train": {"recompute": ["permute", "norms"], "offload": ["expert_output"]}}
+MLA_UP = {"train": {"recompute": ["mla_up"]}}
 ONES = {"train": {"micro_batch": 1}}
 TIED = {"model": {"tie_embeddings": True}}
 
@@ -30,6 +36,10 @@ def on(*changes: dict, **axes) -> dict:
     for change in changes:
         merged = merge(merged, change)
     return merged
+
+
+def balanced(sequences: int | str) -> dict:
+    return {"model": {"ffn": {"balance": {"sequences": sequences}}}}
 
 
 TWO = {
@@ -47,8 +57,19 @@ TWO = {
     "cp2, ulysses, selective": on({"train": {"recompute": "selective"}}, cp=2, cp_kind="ulysses"),
     "ep2, full": on(MOE, FULL, dp_shard=2, ep=2),
     "etp2": on(MOE, tp=2, etp=2),
+    "tp2, mla, pieces": on(MLA, tp=2, tp_chunks=3),
+    "tp2, mla straight from the hidden state, full": on(DIRECT_MLA, FULL, tp=2),
+    "cp2, mla": on(MLA, cp=2),
+    "cp2, mla, ring": on(MLA, cp=2, cp_kind="ring"),
+    "cp2, mla, ulysses": on(MLA, cp=2, cp_kind="ulysses"),
+    "ep2, deepseek": on(DEEPSEEK, BIASED, ONES, dp_shard=2, ep=2),
+    "ep2, bigmac, groups of 4": on(BIGMAC, balanced(4), dp_shard=2, ep=2),
+    "tp2, deepseek, whole step": on(DEEPSEEK, balanced("step"), tp=2),
     "ep2, permute": on(MOE, PERMUTE, dp_shard=2, ep=2),
     "etp2, permute": on(MOE, PERMUTE, tp=2, etp=2),
+    "tp2, mla, mla_up": on(MLA, MLA_UP, tp=2),
+    "cp2, mla, mla_up": on(MLA, MLA_UP, cp=2),
+    "cp2, mla, ring, mla_up": on(MLA, MLA_UP, cp=2, cp_kind="ring"),
 }
 FOUR = {
     "tp2 dp2, full, bf16": on(FULL, ONES, {"precision": "bf16"}, tp=2, dp_shard=2),
@@ -56,9 +77,16 @@ FOUR = {
     "hsdp, mtp": on(ONES, {"model": {"mtp": {"heads": 1}}}, dp_replicate=2, dp_shard=2),
     "ep2 of hsdp": on(MOE, ONES, dp_replicate=2, dp_shard=2, ep=2),
     "ep2 over tp": on(MOE, ONES, dp_shard=2, tp=2, ep=2),
+    "ep4 by nodes": on(MOE, FULL, dp_shard=2, tp=2, ep=4, ep_kind="hierarchical"),
+    "ep4 by nodes of one, permute": on(MOE, PERMUTE, {"precision": "bf16"}, dp_shard=4, ep=4, ep_kind="hierarchical", ep_inner=1),
+    "ep2 by nodes, etp2": on(MOE, ONES, dp_shard=2, tp=2, ep=2, etp=2, ep_kind="hierarchical", ep_inner=1),
+    "cp2 tp2, capacity": on(MOE, {"model": {"ffn": {"capacity": {}}}}, cp=2, tp=2),
     "cp2 tp2, ring": on(ONES, cp=2, tp=2, cp_kind="ring"),
     "tp4, few key heads, biases": on({"model": GPT}, tp=4),
     "pp2 dp2, mtp": on(ONES, {"model": {"mtp": {"heads": 1}}}, pp=2, dp_shard=2),
+    "pp2 dp2, deepseek, groups of 2, mtp": on(DEEPSEEK, balanced(2), ONES, {"model": {"mtp": {"heads": 1}}}, pp=2, dp_shard=2, ep=2),
+    "ep4 over tp, deepseek, whole step, full": on(DEEPSEEK, BIASED, balanced("step"), FULL, ONES, dp_shard=2, tp=2, ep=4),
+    "cp2 of hsdp, bigmac, groups of 4": on(BIGMAC, balanced(4), ONES, dp_replicate=2, cp=2, ep=2),
 }
 WORLDS = {2: TWO, 4: FOUR}
 
@@ -97,6 +125,8 @@ def resolved(changes: dict) -> tuple[RunConfig, MeshShape]:
         on(MOE, dp_shard=4, tp=2, ep=4),
         on(MOE, dp_shard=6, tp=2, ep=2, etp=2),
         on({"model": {**GPT, "mtp": {"heads": 2}}}, pp=3, tp=2, dp_shard=2),
+        on(DEEPSEEK, {"model": {"mtp": {"heads": 1}}}, pp=2, tp=2, dp_shard=4, ep=4),
+        on(BIGMAC, dp_shard=3, tp=2, cp=2, ep=4),
     ],
     ids=lambda changes: str(changes["parallel"]),
 )

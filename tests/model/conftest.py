@@ -25,7 +25,9 @@ def make_model():
 
     def make(changes: dict | None = None, *, dtype: torch.dtype = torch.float64, seed: int = 3):
         cfg = ModelConfig.model_validate(SMALL | (changes or {}))
-        call = Call(device="cpu", dtype=dtype, documents=True, head_dim=cfg.head_dim, heads=cfg.attention.heads, kv_heads=cfg.kv_heads)
+        heads = {"head_dim": cfg.head_dim, "value_head_dim": cfg.value_head_dim, "heads": cfg.attention.heads, "kv_heads": cfg.kv_heads}
+        widths = (cfg.hidden, cfg.ffn.hidden) if cfg.ffn.kind == "moe" else ()
+        call = Call(device="cpu", dtype=dtype, documents=True, expert_widths=widths, **heads)
         with torch.device("meta"):
             model = build(cfg, resolve({}, call), 16)
         model = model.to(dtype).to_empty(device="cpu")

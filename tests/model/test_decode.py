@@ -13,11 +13,17 @@ from llmtrain.model.decode import CachedRunner, Decoder, UncachedRunner, generat
 from llmtrain.model.sampling import Sampling
 from llmtrain.ops import Mask
 
+LATENT = {"kind": "mla", "heads": 4, "query_rank": 12, "kv_rank": 16, "nope_dim": 8, "rope_dim": 4, "value_dim": 6}
 MODELS = {
     "gqa": {},
     "window": {"attention": {"heads": 4, "kv_heads": 2, "window": 5}},
     "qk_norm": {"attention": {"heads": 4, "kv_heads": 1, "qk_norm": True}, "norm": {"placement": "sandwich"}},
     "learned": {"position": {"kind": "learned"}, "norm": {"kind": "layer_norm"}, "ffn": {"hidden": 40, "activation": "gelu"}},
+    "latent": {
+        "attention": LATENT,
+        "ffn": {"kind": "moe", "experts": 4, "hidden": 24, "shared_experts": 1, "router": {"score": "sigmoid"}},
+    },
+    "latent, wide values, window": {"attention": LATENT | {"value_dim": 20, "query_rank": None, "window": 5}},
 }
 RULES = {
     "greedy": Sampling(max_new=12, temperature=0),

@@ -14,7 +14,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters, flops_per_token
 from llmtrain.model import build, initialise
 from llmtrain.model.moe import MoE
-from llmtrain.model.router import highest
+from llmtrain.model.router import highest, within_capacity
 from llmtrain.ops import Call, Mask, resolve
 
 SHAPE = {"vocab_size": 61, "layers": 2, "hidden": 32, "max_seq_len": 48, "attention": {"heads": 4, "kv_heads": 2}, "init": {"std": 0.2}}
@@ -212,3 +212,21 @@ def test_no_token_for_most_experts_still_gives_every_weight_a_gradient():
         gradients = [p.grad.flatten(1).norm(dim=1) for p in module.experts.parameters()]
         assert all((g > 0).sum() == 1 and g.isfinite().all() for g in gradients)
         assert F.one_hot(module.router(x)[1][0], 6).sum() == 1
+
+
+def test_sequences_left_over_find_the_room_of_a_whole_group():
+    module = layer(MOE | {"capacity": {"factor": 0.5, "sequences": 2}})
+    x = torch.randn(3, 9, 32, dtype=torch.float64)
+    choice = module.router(x.flatten(0, 1))
+    admitted = module.admit(choice.probs, choice.ids, rows=3)
+    room = 3  # half of 2 x 18 choices of a group over 6 experts
+    assert torch.equal(admitted[:18], module.admit(choice.probs[:18], choice.ids[:18], rows=2))
+    wanted, found = (torch.bincount(ids[18:].flatten(), minlength=7)[:6] for ids in (choice.ids, admitted))
+    assert torch.equal(found, wanted.clamp(max=room)) and wanted.max() > room
+
+
+def test_of_tokens_that_differ_by_rounding_alone_the_first_finds_room():
+    probs = torch.tensor([0.5, 0.25, 0.25 + 1e-16, 0.25 - 1e-7, 0.24], dtype=torch.float64)[:, None]
+    for dtype in (torch.float64, torch.float32):
+        ids = within_capacity(probs.to(dtype), torch.zeros(5, 1, dtype=torch.int64), 1, groups=1, capacity=2)
+        assert ids.flatten().tolist() == [0, 0, 1, 1, 1]

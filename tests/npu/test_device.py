@@ -116,7 +116,7 @@ def test_deterministic_mode_reaches_hccl(device, monkeypatch):
         device.deterministic(False)
 
 
-def test_time_outs_and_buffers_are_in_the_environment_when_groups_are_made(tmp_path):
+def test_time_outs_are_in_the_environment_when_groups_are_made():
     """In a process of its own: a group of the engine's mesh, made with the options of a configuration."""
     code = """
 import os
@@ -127,7 +127,7 @@ device = select("npu")
 device.set_current()
 made = mesh.start(ParallelConfig(timeout=300, hccl_buffer_mb=64), device=device)
 group = made.group("tp")
-print(*(os.environ[f"HCCL_{name}"] for name in ("CONNECT_TIMEOUT", "EXEC_TIMEOUT", "BUFFSIZE")))
+print(*(os.environ.get(f"HCCL_{name}") for name in ("CONNECT_TIMEOUT", "EXEC_TIMEOUT", "BUFFSIZE")))
 import torch, torch.distributed as dist
 dist.all_reduce(torch.ones(1, device="npu"))
 try:
@@ -136,8 +136,36 @@ except RuntimeError as error:
     print("refused:", error)
 """
     ran = python(code)
-    assert "330 330 64" in ran.stdout, ran.stdout + ran.stderr
+    assert "330 330 None" in ran.stdout, ran.stdout + ran.stderr
     assert "No backend type associated with device type cpu" in ran.stdout, "as with HCCL, tensors of the CPU are refused"
+
+
+def test_every_group_of_hccl_has_its_buffer_and_its_time_out():
+    """torch_npu's own ProcessGroupHCCL, as the first of 8 ranks, which send nothing."""
+    code = """
+import stand_in
+stand_in.start(hccl=False)
+import torch, torch.distributed as dist
+from datetime import timedelta
+from llmtrain.config.train import ParallelConfig
+from llmtrain.device import select
+from llmtrain.parallel import mesh
+device = select("npu")
+device.set_current()
+options = device.process_group_options(timedelta(seconds=50), buffer_mb=32)
+dist.init_process_group("hccl", store=dist.HashStore(), rank=0, world_size=8, **options)
+made = mesh.start(ParallelConfig(timeout=300, hccl_buffer_mb=64, pp=2, dp_shard=2, cp=2), device=device)
+groups = {axis: made.group(axis) for axis in ("pp", "dp_shard", "cp")} | {"fsdp": made.fsdp.get_group(), "world": dist.group.WORLD}
+for axis, group in groups.items():
+    backend = group._get_backend(torch.device("npu"))
+    options = backend.options
+    print(axis, type(backend).__name__, options.hccl_config, options._timeout.total_seconds(), options.global_ranks_in_group)
+"""
+    ran = python(code)
+    lines = [line for line in ran.stdout.splitlines() if "ProcessGroupHCCL" in line]
+    expected = [("pp", "[0, 4]"), ("dp_shard", "[0, 2]"), ("cp", "[0, 1]"), ("fsdp", "[0, 1, 2, 3]")]
+    groups = [f"{axis} ProcessGroupHCCL {{'hccl_buffer_size': 64}} 330.0 {ranks}" for axis, ranks in expected]
+    assert lines[:4] == groups and lines[4].startswith("world ProcessGroupHCCL {'hccl_buffer_size': 32} "), ran.stdout + ran.stderr
 
 
 def test_every_training_chip_has_its_figures():

@@ -10,6 +10,7 @@ import stand_in
 
 stand_in.start()
 
+import schemas  # noqa: E402
 import torch  # noqa: E402
 
 FOLDER = Path(__file__).parent / "schemas"
@@ -48,3 +49,11 @@ def test_a_file_holds_schemas_that_this_torch_can_read(version):
     lines = stored(version)
     assert len(lines) > 300 and lines == sorted(set(lines))
     assert [str(torch._C.parse_schema(line)) for line in lines] == lines
+
+
+def test_an_operator_that_another_version_lacks_is_a_problem(monkeypatch):
+    call = schemas.Seen("npu_moe_gating_top_k_of_tomorrow", (), {})
+    lacking = [f"{version}: npu_moe_gating_top_k_of_tomorrow does not exist" for version in ("loaded", *schemas.VERSIONS)]
+    assert schemas.problems([call]) == lacking and not schemas.ABSENT
+    monkeypatch.setitem(schemas.ABSENT, schemas.VERSIONS[0], {call.op})
+    assert schemas.problems([call]) == [line for line in lacking if not line.startswith(schemas.VERSIONS[0])]

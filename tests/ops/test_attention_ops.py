@@ -217,3 +217,22 @@ def test_sdpa_holds_no_square_tensor(mask, monkeypatch):
         attention_sdpa(*tensors, mask=mask)
     assert sizes and max(sizes) < 1024 * 1024 // 8
     assert bool(masks) == (mask.window is not None)
+
+
+def test_layers_of_a_micro_batch_share_the_packed_lengths_of_the_npu_operator(monkeypatch):
+    from llmtrain.ops.npu import attention as npu
+
+    made, calls = [], []
+    runs = npu._runs
+
+    def operator(q, k, v, heads, layout, *, actual_seq_qlen, **_):
+        calls.append(actual_seq_qlen)
+        return q, *(q.new_ones(*q.shape[:2], 8) for _ in range(2))
+
+    monkeypatch.setattr(npu, "_runs", lambda lengths: made.append(lengths) or runs(lengths))
+    monkeypatch.setattr(npu.gateway, "fused", lambda name: operator)
+    mask = Mask(documents=((2, 3), (5,)))
+    q = torch.randn(2, 2, 5, 4)
+    for _ in range(3):
+        npu.attention_npu(q, q, q, mask=mask)
+    assert made == [[2, 3, 5]] and calls == [[2, 5, 10]] * 3

@@ -27,6 +27,7 @@ def test_auto_is_what_an_npu_can():
     assert str(chosen(MOE, hardware=A3, dp_shard=8, ep=8)) == "ep fused"
     assert str(chosen(tp=4, device="cpu")) == str(chosen(tp=4, device="cuda")) == "tp chunked"
     assert str(chosen(MOE, device="cuda", dp_shard=8, ep=8)) == "ep all_to_all"
+    assert str(chosen(MOE, hardware=A3, dp_shard=16, ep=16, ep_kind="hierarchical", ep_inner=4)) == "ep hierarchical (4 nodes of 4 ranks)"
     assert str(chosen()) == ""
 
 

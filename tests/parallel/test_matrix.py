@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from parity_rows import FAULTS, ROWS, references
 
+ROOT = Path(__file__).parents[2]
 PATH = Path(__file__).parent / "matrix.py"
 
 
@@ -21,7 +22,8 @@ def matrix():
 
 def run(off: float = 0.0, *, expert: int = 1) -> dict:
     """A run whose losses and gradients are off by so much, relatively."""
-    return {"losses": [4.0 * (1 + off)], "gradients": {"w": np.ones(4) * (1 + off)}, "routing": {"0": {1: (0, expert)}}}
+    gradient = np.ones(4) * (1 + off)
+    return {"losses": [4.0 * (1 + off)], "norms": [2.0 * (1 + off)], "gradients": {"w": gradient}, "routing": {"0": {1: (0, expert)}}}
 
 
 @pytest.fixture
@@ -46,8 +48,20 @@ def test_the_page_has_every_row_and_fault(matrix, monkeypatch, tmp_path, runs):
     text = page.read_text()
     assert code == 0
     assert text.count("| pass |") == len(ROWS) and f"{len(ROWS)} rows, 0 failed" in text
-    assert "| 4 | pp 2 x tp 2 | tied | micro_batch 1 | 1.1e-15 | 1.1e-15 | 1 of 1 | 2.0e-07 | 1.0e-07 | 1.5e-07 | pass |" in text
-    assert "Each rank divides by its own target count" in text and text.count("| 1.0e-01 | 1.0e-01 |") == len(FAULTS)
+    assert "| 4 | pp 2 x tp 2 | tied | micro_batch 1 | 1.1e-15 | 1.1e-15 | 1.1e-15 | 1 of 1 | 2.0e-07 | 1.0e-07 | 1.5e-07 | pass |" in text
+    assert "Each rank divides by its own target count" in text and text.count("| 1.0e-01 | 1.0e-01 | 1.0e-01 |") == len(FAULTS)
+
+
+def test_the_page_in_docs_has_no_row_that_failed_or_is_gone():
+    """`make parity` writes it anew after a row was added."""
+    text = (ROOT / "docs" / "parity.md").read_text()
+    rows = {f"| {row.shape.world} | {row.mesh} | {row.model} | {row.details} |": row.name for row in ROWS}
+    written = [line for line in text.splitlines() if line.endswith("| pass |") or "FAIL" in line]
+    assert len(written) > 90 and all(line.endswith("| pass |") and any(line.startswith(start) for start in rows) for line in written)
+    missing = [name for start, name in rows.items() if not any(line.startswith(start) for line in written)]
+    if missing:
+        pytest.skip(f"docs/parity.md is older than {len(missing)} of {len(ROWS)} rows: run `make parity`")
+    assert [row.name for row in FAULTS.values() if f"\n| {row.name} | " not in text] == []
 
 
 def test_float32_may_differ_as_far_as_rounding_of_the_initial_weights_takes_it(matrix, monkeypatch, tmp_path, runs):
@@ -61,6 +75,7 @@ def test_float32_may_differ_as_far_as_rounding_of_the_initial_weights_takes_it(m
 FAILURES = {
     "loss or gradient": ("fp64", run(1e-8)),
     "routing": ("fp64", run(expert=3)),
+    "norm": ("fp64", run() | {"norms": [2.0 + 1e-8]}),
     "float32": ("fp32", run(1e-6)),
     "no result": ("fp64", "RuntimeError: a rank died"),
 }

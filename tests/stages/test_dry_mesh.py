@@ -5,9 +5,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from groups_made import expected, groups_made
 from sameness import BASE, merge
 
 from llmtrain.config.load import load
+from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
@@ -18,19 +20,27 @@ from llmtrain.layout.traffic import traffic
 from llmtrain.parallel.check import check_parallel
 from llmtrain.stages import dry_mesh, pretrain
 from llmtrain.stages.dry_mesh import build_role, build_roles, check_groups, role_ranks
+from llmtrain.stages.dry_run import miniature
 
 ROOT = Path(__file__).parents[2]
 MOE = {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}}
+SHARED = {"shared_experts": 1, "dense_layers": 1, "dense_hidden": 40}
+LATENT = {"kind": "mla", "heads": 4, "query_rank": 20, "kv_rank": 12, "nope_dim": 8, "rope_dim": 4, "value_dim": 6}
+DEEPSEEK = {"ffn": MOE["ffn"] | SHARED, "attention": LATENT}
+BIGMAC = {"ffn": MOE["ffn"] | {"hidden": 32, "descend": 8, "activation": "gelu", "bias": True}}
 MESHES = {
     "everything": ({}, {"pp": 2, "dp_shard": 2, "cp": 2, "tp": 2}),
     "uneven shards": ({"layers": 6}, {"pp": 3, "dp_shard": 5, "tp": 2, "virtual_stages": 2}),
     "replicas, few key heads": ({}, {"dp_replicate": 2, "dp_shard": 3, "tp": 4}),
     "experts over tp": (MOE, {"dp_shard": 4, "tp": 2, "ep": 4}),
     "experts split": (MOE, {"dp_shard": 2, "dp_replicate": 2, "tp": 2, "ep": 2, "etp": 2}),
+    "experts by nodes": (MOE, {"dp_shard": 4, "tp": 2, "ep": 4, "ep_kind": "hierarchical"}),
     "tied": ({"tie_embeddings": True}, {"pp": 3, "dp_shard": 2, "tp": 2}),
     "mtp": ({"mtp": {"heads": 2}}, {"pp": 2, "dp_shard": 3}),
+    "latent, shared experts": ({**DEEPSEEK, "mtp": {"heads": 1}}, {"pp": 2, "dp_shard": 4, "tp": 2, "ep": 4}),
+    "bigmac": (BIGMAC, {"dp_shard": 3, "tp": 2, "ep": 2}),
 }
-COPIED = ("tied", "mtp")
+COPIED = ("tied", "mtp", "latent, shared experts")
 
 
 def resolved(name: str) -> tuple[RunConfig, MeshShape]:
@@ -72,10 +82,19 @@ def test_roles_are_all_of_pp_and_tp_at_both_ends_of_the_data_parallel_ranks(name
 def test_the_group_of_a_rank_is_the_one_of_all_groups_that_it_is_in(name):
     _, shape = resolved(name)
     axes = check_groups(shape, experts=True)
-    assert set(axes) == {*AXES, *EXPERT_AXES, "fsdp"}
+    assert set(axes) == {*AXES, *EXPERT_AXES, "fsdp", *(("ep_outer", "ep_inner") if shape.ep_inner else ())}
     for axis, groups in axes.items():
         for group in groups:
             assert all(shape.group(axis, rank) == group for rank in group.ranks)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_building_a_role_makes_all_groups_in_their_order_and_no_others(name):
+    cfg, shape = resolved(name)
+    for rank in role_ranks(shape):
+        with groups_made() as made:
+            build_role(cfg, shape, rank)
+        assert made == expected(shape)
 
 
 class Lossy(MeshShape):
@@ -167,6 +186,8 @@ def test_one_rank_has_no_mesh_to_speak_of(dry):
         (("--parallel.tp", "3"), r"parallel\.tp 3 does not divide model\.attention\.heads 4"),
         (("--parallel.dp_shard", "3"), r"16 sequences does not split over 3 data-parallel ranks"),
         (("--parallel.pp", "5"), r"model\.layers 6 is too few for 10 stages"),
+        (("--model.ffn.kind", "moe", "--model.ffn.balance.sequences", "4"), r"groups of 4 sequences reach over 2 micro-batches.*at most 2"),
+        (("--model.ffn.kind", "moe", "--model.ffn.balance.sequences", "3"), r"balance\.sequences 3 does not divide the 16 sequences"),
     ],
 )
 def test_impossible_meshes_are_refused(dry, words, message):
@@ -174,7 +195,19 @@ def test_impossible_meshes_are_refused(dry, words, message):
         dry(*words)
 
 
-# --- Pangu Ultra 135B on 8,192 devices: test_verbs_of_a_run.py runs all of it ------------------------------------------------------
+def test_a_miniature_has_what_the_model_has():
+    model = ModelConfig(preset="deepseek_v3", mtp={"heads": 1}, ffn={"kind": "moe", "balance": {"sequences": 4}, "capacity": {"factor": 2}})
+    small = miniature(model)
+    assert [small.of_block(i).ffn.kind for i in range(2)] == ["dense", "moe"]
+    assert (small.attention.kind, small.attention.query_rank, small.head_dim, small.value_head_dim) == ("mla", 32, 32, 16)
+    assert (small.ffn.experts, small.ffn.shared_experts, small.ffn.router) == (256, 1, model.ffn.router)
+    assert small.ffn.balance.sequences == small.ffn.capacity.sequences == 1 and small.ffn.capacity.factor == 2
+    assert count_parameters(small)["total"] < 10_000_000
+    assert miniature(ModelConfig(preset="gpt3_xl_bigmac")).ffn.descend == 16
+    assert miniature(ModelConfig(preset="qwen3_8b")).attention.heads == 8  # four for each key head
+
+
+# --- Pangu Ultra 135B on 8,192 devices: test_verbs_of_a_run.py builds every seventh role, docs/dry-mesh.md says how long all take --------
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +231,10 @@ def test_8192_ranks_hold_the_model_once(pangu):
 
 def test_roles_of_8192_ranks(pangu):
     cfg, shape = pangu
-    first, middle, last = (build_role(cfg, shape, rank) for rank in (0, 3 * 1024 + 77, 8191))
+    with groups_made() as made:
+        first = build_role(cfg, shape, 0)
+    assert made == expected(shape) and len(made) == 2 * 8192 + 2 * 1024 + 2 * 64
+    middle, last = (build_role(cfg, shape, rank) for rank in (3 * 1024 + 77, 8191))
     assert [sum(blocks for _, blocks in role.stages) for role in (first, middle, last)] == [12, 12, 10]
     assert [stage for stage, _ in last.stages] == [7, 15, 23, 31, 39, 47] and last.ends == ("final_norm", "head")
     block = 130_111_942_656 // 94 // 8  # a tp rank's part of one, norms aside

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -106,6 +107,14 @@ def test_nan_stops_the_run_with_3_and_names_its_samples(lab, poisoned):
     assert run.checkpoints() == ["step-00000005"] and len(run.losses()) == 6
     healthy = lab.train("nan", *poisoned)
     assert healthy.resumed() == 5 and len(healthy.losses()) == 40 and np.isfinite(healthy.losses()).all()
+
+
+def test_experts_that_are_used_less_evenly_than_allowed_end_the_run_with_3(lab):
+    experts = ("--model.ffn", "{kind: moe, experts: 4, top_k: 1, hidden: 32}", "--guards.experts", "{action: stop, entropy: 1.0, steps: 4}")
+    run = lab.train("uneven", *experts, "--train.steps", "12", code=3)
+    assert "stopped by a guard: step 4: experts of layers 0, 1 collapse: for 4 steps" in run.out and len(run.losses()) == 4
+    assert re.search(r"step +1/12 .* load \d\S* +entropy 0\.9", run.out)
+    assert lab.command("report", str(run.path))[0] == 0 and "## Experts" in (run.path / "report.md").read_text()
 
 
 def test_spikes_and_nan_are_skipped_where_asked(lab, poisoned):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 # The long file of Pangu Ultra is the short one with two phases more; tests/stages/test_dry_mesh.py builds some of its ranks.
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "pangu_ultra_135b_long")
 MILLIONS = {"llama3_8b": 8030, "llama3_70b": 70554, "smollm2_135m": 134.5, "pangu_ultra_135b": 135000, "qwen3_8b": 8191, "qwen3_0_6b": 596}
+MILLIONS |= {"mixtral_8x7b": 46703, "qwen3_30b_a3b": 30532, "pangu_ultra_moe_718b": 719094 + 12443}
 
 pytestmark = pytest.mark.xdist_group("verbs")
 
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.xdist_group("verbs")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_passes_its_dry_run(lab, path, capsys, monkeypatch):
     monkeypatch.chdir(lab.folder)
-    # Of Pangu Ultra's 128 ranks, which take a minute (docs/dry-mesh.md), some of every stage.
+    # Of the Pangus' 128 and 256 ranks, which take a minute or two (docs/dry-mesh.md), some of every stage.
     every = dry_mesh.role_ranks
-    monkeypatch.setattr(dry_mesh, "role_ranks", lambda shape: every(shape)[:: max(1, shape.tp - 1)])
+    monkeypatch.setattr(dry_mesh, "role_ranks", lambda shape: every(shape)[:: len(every(shape)) // 16 | 1])
     own = ("--tokenizer.path", "tok.model") if path.stem == "quickstart" else ()
     assert pretrain.main(["-c", str(path), "--dry-run", "--device", "cpu", *own]) == 0
     out = capsys.readouterr().out
@@ -32,7 +33,8 @@ def test_every_configuration_passes_its_dry_run(lab, path, capsys, monkeypatch):
     assert built == counted
     if path.stem in MILLIONS:
         assert built / 1e6 == pytest.approx(MILLIONS[path.stem], rel=0.01)
-    assert 4.5 < float(re.search(r"options: loss (\S+)", out).group(1)) < 7.0
+    loss, expected = map(float, re.search(r"options: loss (\S+) \(.*ln 256 = (\S+)\)", out).groups())
+    assert loss == pytest.approx(expected, rel=0.2)
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +55,29 @@ def test_generate(lab, run):
     assert all(code == 0 and out.startswith("KING") and len(out) > 6 for code, out, err in texts)
     assert all(re.fullmatch(r"\d+ tokens in .*\n", err) for _, _, err in texts)
     assert texts[0][1] != texts[1][1]
+
+
+def test_generate_on_two_ranks_is_that_of_one(lab, run):
+    words = ("generate", "runs/verbs", "-p", "KING", "-p", "The ", "--max-new", "12", "--temperature", "0", "--dtype", "fp64", "--out")
+    alone, shared = lab.command(*words, "one.jsonl"), lab.command(*words, "two.jsonl", "--tp", "2")
+    assert (alone[0], shared[0]) == (0, 0), alone[2] + shared[2]
+    assert alone[1] == shared[1] and alone[1].startswith("KING")
+    one, two = ((lab.folder / name).read_text() for name in ("one.jsonl", "two.jsonl"))
+    assert one == two and len(one.splitlines()) == 2
+    assert re.fullmatch(r"\d+ tokens in .*\n", shared[2])
+
+
+def test_perplexity_on_two_ranks_is_that_of_one(lab, run):
+    words = ("eval", "runs/verbs", "perplexity", "plays-validation", "--context", "64", "--tokens", "500", "--dtype", "fp64", "--out")
+    alone, shared = lab.command(*words, "one.json"), lab.command(*words, "two.json", "--pp", "2")
+    assert (alone[0], shared[0]) == (0, 0), alone[2] + shared[2]
+    assert alone[1] == shared[1] and "plays-validation" in alone[1]
+    one, two = (json.loads((lab.folder / name).read_text()) for name in ("one.json", "two.json"))
+    texts = [found["results"].pop("texts") for found in (one, two)]
+    assert one == two
+    for mine, theirs in zip(*texts, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(theirs[key] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value) for key, value in mine.items())
 
 
 def test_generate_from_a_folder_that_is_no_run(lab):

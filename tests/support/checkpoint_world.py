@@ -27,6 +27,17 @@ class Run:
         self.cfg = RunConfig.model_validate(merge(BASE, row.scenario("fp64")["changes"]))
         self.engine = build_engine(self.cfg)
         self.mesh, self.plan, self.data, self.next_step = self.engine.mesh, StepPlan.from_config(self.cfg), Documents(), 0
+        self.samples: list[list[int]] = []
+        """Samples of each step taken, read by all data-parallel ranks together, in order; one that two of them read is there twice."""
+
+    @property
+    def position(self) -> int:
+        """The next sample."""
+        return self.plan.step(self.next_step).first_sample
+
+    def go_to(self, position: int) -> None:
+        """Go on with the step that begins with sample `position`."""
+        self.next_step = [self.plan.step(index).first_sample for index in range(self.plan.steps)].index(position)
 
     def steps(self, count: int) -> list[float]:
         """Losses of the next `count` steps."""
@@ -34,6 +45,9 @@ class Run:
         for index in range(self.next_step, self.next_step + count):
             step = self.plan.step(index)
             batches = micro_batches(step, self.data, rank=self.mesh.data_rank, ranks=self.mesh.shape.dp)
+            first_of_its_data = not any(self.mesh.place(axis) for axis in ("pp", "cp", "tp"))
+            mine = [sample for batch in batches for sample in batch.samples] if first_of_its_data else []
+            self.samples.append(sorted(sample for part in self.mesh.gather(mine) for sample in part))
             losses.append(self.engine.forward_backward(batches).loss)
             self.engine.grad_norm()
             self.engine.apply(lr=step.lr)
@@ -54,7 +68,7 @@ def save(cases: dict[str, tuple[str, Row]]) -> dict[str, dict]:
         run.steps(BEFORE)
         checkpointer = Checkpointer(Path(folder), CheckpointConfig(), timeout=60)
         state = run.engine.state()
-        checkpointer.save(run.next_step, state, {"step": run.next_step, "position": run.next_step * 8})
+        checkpointer.save(run.next_step, state, {"step": run.next_step, "position": run.position})
         own = own_part(state, rank=run.mesh.rank, world=run.mesh.world)
         written = {key: full_size(tensor) for key, tensor in own.items()}
         expected = run.whole_state()
@@ -63,6 +77,7 @@ def save(cases: dict[str, tuple[str, Row]]) -> dict[str, dict]:
         assert checkpointer.failed is None, checkpointer.failed
         names = run.mesh.gather(sorted(state))
         results[name] = {"state": expected, "losses": losses, "written": run.mesh.gather(written), "names": names}
+        results[name]["samples"] = run.samples
         run.mesh.leave()
     return results
 
@@ -83,9 +98,9 @@ def load(cases: dict[str, tuple[str, Row]]) -> dict[str, dict]:
             (tensor.to_local() if hasattr(tensor, "to_local") else tensor).fill_(-7)  # all of it must come from the files
         meta = checkpointer.load(checkpointer.newest(), state)
         run.engine.load_state(state)
-        run.next_step = meta["step"]
+        run.go_to(meta["position"])
         loaded = run.whole_state()
-        results[name] = {"state": loaded, "meta": meta, "losses": run.steps(AFTER)}
+        results[name] = {"state": loaded, "step": meta["step"], "losses": run.steps(AFTER), "samples": run.samples}
         run.mesh.leave()
     return results
 

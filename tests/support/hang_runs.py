@@ -1,13 +1,14 @@
-"""Runs of two ranks of which one misbehaves, seen to their end."""
+"""Runs of some ranks of which one misbehaves, seen to their end."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -18,10 +19,11 @@ from llmtrain.data.token_file import TokenWriter
 
 ROOT = Path(__file__).parents[2]
 WORLD = Path(__file__).parent / "hang_world.py"
-TIMEOUT = 8.0  # parallel.timeout, seconds
+TIMEOUT = 12.0  # parallel.timeout, seconds; on a busy machine ranks may start some seconds after each other
 # Gloo before torch 2.13 keeps a rank in C++ for longer, and does not record what it waits for in some collectives (docs/torch-versions.md).
 OLD_GLOO = TorchVersion(torch.__version__) < "2.13"
 LATE = 10.0 if OLD_GLOO else 5.0  # seconds after the time-out by which a report is there
+AT_ONCE = 8  # processes
 STEP = 3  # at which the fault happens
 CONFIG = """
 device: cpu
@@ -57,18 +59,23 @@ class Outcome:
         """The table's rows by rank."""
         return {line.split()[0]: line for line in self.report.split("\n\n")[1].splitlines()[1:]}
 
+    def layers(self) -> dict[str, str]:
+        """By rank, the layer that its row names: `block 1 forward`."""
+        found = {rank: re.search(r"training, ([a-z]+(?: \S+)? (?:for|back)ward)", row) for rank, row in self.rows().items()}
+        return {rank: match.group(1) for rank, match in found.items() if match}
+
 
 class Faulty:
     """One run: started by the launcher, or, where `place` has a rank's environment, a rank alone. `fault` as in hang_world.py."""
 
-    def __init__(self, folder: Path, fault: dict, words: tuple[str, ...], *, place: dict[str, str] | None = None):
+    def __init__(self, folder: Path, fault: dict, words: tuple[str, ...], *, ranks: int = 2, place: dict[str, str] | None = None):
         self.folder, self.run, self.name = folder, folder / "runs" / "run", (place or {}).get("RANK", "")
         _prepare(folder)
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(place or {})}
         env["LLMTRAIN_FAULT"] = json.dumps(fault | {"step": STEP})
         argv = ["train", "-c", "run.yaml", "--name", "run", "--parallel.timeout", str(TIMEOUT), *words]
-        launched = ["-c", LAUNCHER, str(WORLD), "2", str(self.run / "log"), *argv]
+        launched = ["-c", LAUNCHER, str(WORLD), str(ranks), str(self.run / "log"), *argv]
         with open(folder / f"out{self.name}", "w") as out, open(folder / f"err{self.name}", "w") as err:
             command = [sys.executable, *([WORLD, *argv] if place else launched)]
             self.process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=err)
@@ -106,7 +113,7 @@ def _prepare(folder: Path) -> None:
     (folder / "run.yaml").write_text(CONFIG)
 
 
-def see_through(runs: dict[Any, Faulty], *, seconds: float = 150.0) -> dict[Any, Outcome]:
+def see_through(runs: dict[Any, Faulty], *, seconds: float = 300.0) -> dict[Any, Outcome]:
     """Wait for all of them, or kill what does not end."""
     end = time.monotonic() + seconds
     try:
@@ -120,6 +127,27 @@ def see_through(runs: dict[Any, Faulty], *, seconds: float = 150.0) -> dict[Any,
     return outcomes
 
 
-def run_all(folder: Path, faults: dict[str, tuple[dict, tuple[str, ...]]]) -> dict[str, Outcome]:
-    """Launched runs with these faults and options, at once, as they mostly wait."""
-    return see_through({name: Faulty(folder / name, *fault) for name, fault in faults.items()})
+class Case(NamedTuple):
+    """What is to happen, as in hang_world.py, and in which run."""
+
+    fault: dict
+    words: tuple[str, ...]
+    ranks: int = 2
+
+
+def run_all(folder: Path, cases: dict[str, Case]) -> dict[str, Outcome]:
+    """Launched runs, several at once, as they mostly wait."""
+    outcomes = {}
+    for together in _batches(cases):
+        runs = {name: Faulty(folder / name, case.fault, case.words, ranks=case.ranks) for name, case in together.items()}
+        outcomes |= see_through(runs)
+    return outcomes
+
+
+def _batches(cases: dict[str, Case]) -> list[dict[str, Case]]:
+    batches: list[dict[str, Case]] = [{}]
+    for name, case in cases.items():
+        if sum(other.ranks for other in batches[-1].values()) + case.ranks > AT_ONCE:
+            batches.append({})
+        batches[-1][name] = case
+    return batches

@@ -1,6 +1,7 @@
 """A rank of llmtrain in which one rank misbehaves just before a collective of one axis.
 
-LLMTRAIN_FAULT holds JSON: {"axis", "act"} and the keyword arguments of fail_in. Run in the place of `python -m llmtrain`.
+LLMTRAIN_FAULT holds JSON: {"axis", "act"} and the keyword arguments of fail_in, and "blind": true for a torch without a flight recorder.
+Run in the place of `python -m llmtrain`.
 """
 
 import functools
@@ -14,7 +15,9 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from llmtrain.parallel.hang.where import HERE, label, recorded
+from llmtrain.parallel.hang import inside as hang_inside
+from llmtrain.parallel.hang import where
+from llmtrain.parallel.hang.where import HERE, label
 
 COLLECTIVES = (
     "all_reduce",
@@ -34,27 +37,72 @@ COLLECTIVES = (
 ALL = -1
 
 
-def fail_in(axis: str, act: Callable[[], None], *, step: int, rank: int, direction: str | None = None, op: str | None = None) -> None:
-    """On `rank`, call `act` once before the first collective of `axis` (or "world") in or after `step`.
+class Done:
+    """The work of a collective that an asynchronous device will never come to; the host does not wait for it."""
 
-    direction: only in forward or in backward passes. op: only before this function of torch.distributed.
+    def wait(self, *_: object) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return False
+
+
+class Due:
+    """Whether the collective has come at which the fault is."""
+
+    def __init__(self, axis: str, *, step: int, direction: str | None, op: str | None, inside: str | None, nth: int):
+        self.axis, self.step, self.direction, self.op, self.inside, self.left = axis, step, direction, op, inside, nth
+
+    def now(self, name: str, group: dist.ProcessGroup | str | None) -> bool:
+        group = (label(group) if group is not None else "world") if not isinstance(group, str) else group
+        if self.axis not in group.split("/") or self.op not in (None, name):
+            return False
+        here = HERE.read()
+        if here["step"] < self.step or self.direction not in (None, here["direction"]) or not self._called_by():
+            return False
+        self.left -= 1
+        return self.left == 0
+
+    def _called_by(self) -> bool:
+        frame = sys._getframe()
+        while self.inside is not None and frame is not None and frame.f_code.co_name != self.inside:
+            frame = frame.f_back
+        return frame is not None
+
+
+def fail_in(
+    axis: str,
+    act: Callable[[], None],
+    *,
+    step: int,
+    rank: int,
+    direction: str | None = None,
+    op: str | None = None,
+    inside: str | None = None,
+    nth: int = 1,
+    asynchronous: bool = False,
+) -> None:
+    """On `rank`, call `act` once before the nth collective of `axis` (or "world") in or after `step`.
+
+    direction: count only those in forward or in backward passes. op: only this function of torch.distributed, or those that the record
+    calls so. inside: only where a function of this name is among the callers.
+    asynchronous: the other ranks go on as the hosts of devices that stand still at this collective, until they read from their device.
     """
-    if rank not in (int(os.environ["RANK"]), ALL):
-        return
-    done = []
+    due = Due(axis, step=step, direction=direction, op=op, inside=inside, nth=nth)
+    here, stuck = rank in (int(os.environ["RANK"]), ALL), []
 
     def consider(name: str, group: dist.ProcessGroup | str | None) -> None:
-        group = (label(group) if group is not None else "world") if not isinstance(group, str) else group
-        here = HERE.read()
-        due = axis in group.split("/") and here["step"] >= step and direction in (None, here["direction"]) and op in (None, name)
-        if due and not done:
-            done.append(True)
-            act()
+        if due.now(name, group):
+            act() if here else stuck.append(asynchronous)
 
     def wrap(function: Callable) -> Callable:
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
-            consider(function.__name__, args[0][0].group if function.__name__ == "batch_isend_irecv" else kwargs.get("group"))
+            several = function.__name__ == "batch_isend_irecv"
+            if HERE.read()["op"] is None:  # else it was considered when it was recorded
+                consider(function.__name__, args[0][0].group if several else kwargs.get("group"))
+            if any(stuck):
+                return [Done()] if several else Done()
             return function(*args, **kwargs)
 
         return wrapped
@@ -62,13 +110,9 @@ def fail_in(axis: str, act: Callable[[], None], *, step: int, rank: int, directi
     for name in COLLECTIVES:
         if hasattr(dist, name):
             setattr(dist, name, wrap(getattr(dist, name)))
-    enter = recorded.__enter__
-    recorded.__enter__ = lambda self: (consider(self.op, self.group), enter(self))[1]
-
-
-def sleep_in(axis: str, *, step: int, rank: int, direction: str | None = None) -> None:
-    """`rank` sleeps before a collective of `axis`; see fail_in."""
-    fail_in(axis, _sleep, step=step, rank=rank, direction=direction)
+    count, enter = where.count, where.recorded.__enter__
+    where.count = lambda op, group, **more: (consider(op, group), count(op, group, **more))[1]
+    where.device_wait.__enter__ = lambda self: (enter(self), any(stuck) and _sleep())[0]
 
 
 def _sleep() -> None:
@@ -76,7 +120,7 @@ def _sleep() -> None:
 
 
 def _pause() -> None:
-    time.sleep(12)
+    time.sleep(16)
 
 
 def _stop() -> None:
@@ -102,5 +146,7 @@ if __name__ == "__main__":
     from llmtrain.cli import main
 
     fault = json.loads(os.environ["LLMTRAIN_FAULT"])
+    if fault.pop("blind", False):
+        hang_inside.open_collectives = list
     fail_in(fault.pop("axis"), ACTS[fault.pop("act")], **fault)
     sys.exit(main())

@@ -15,6 +15,15 @@ SHAPE = {
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+GROUPS = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+OWN = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": EXPERTS | {"num_experts": 4, "head_dim": 8},
+    "deepseek_v3": EXPERTS | LATENT | GROUPS,
+}
+"""What a family's small shape has beside SHAPE."""
 
 
 def make(family: str, changes: dict, *, seed: int = 0):
@@ -25,13 +34,16 @@ def make(family: str, changes: dict, *, seed: int = 0):
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+        "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
     }[family]
     torch.manual_seed(seed)
-    built = model(config(**SHAPE | changes)).eval()
+    built = model(config(**SHAPE | OWN.get(family, {}) | changes)).eval()
     with torch.no_grad():
-        for parameter in built.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, tensor in built.state_dict().items():
+            if tensor.ndim == 1:
+                tensor.add_((0.1 if name.endswith("correction_bias") else 0.3) * torch.randn_like(tensor))
     return built
 
 
@@ -47,8 +59,13 @@ def ours(folder: Path):
 
     cfg = model_config(folder)
     model = empty(cfg)
-    load_into(dict(model.named_parameters()), folder, cfg)
+    load_into(weights(model), folder, cfg)
     return cfg, model
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """Parameters, and buffers such as the biases of routers, by canonical name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def empty(cfg):
@@ -56,11 +73,12 @@ def empty(cfg):
     from llmtrain.model import build
     from llmtrain.ops import Call, resolve
 
-    call = Call(device="cpu", dtype=torch.float32, head_dim=cfg.head_dim, heads=cfg.attention.heads, kv_heads=cfg.kv_heads)
-    model = build(cfg, resolve({}, call), 64)
+    heads = {"head_dim": cfg.head_dim, "value_head_dim": cfg.value_head_dim, "heads": cfg.attention.heads, "kv_heads": cfg.kv_heads}
+    widths = (cfg.hidden, cfg.ffn.hidden) if cfg.ffn.kind == "moe" else ()
+    model = build(cfg, resolve({}, Call(device="cpu", dtype=torch.float32, expert_widths=widths, **heads)), 64)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
+        for tensor in model.state_dict().values():
+            tensor.fill_(float("nan"))
     return model
 
 

@@ -8,7 +8,7 @@ from llmtrain.config.run import RunConfig
 from llmtrain.device import select
 from llmtrain.model.objective import cross_entropy
 from llmtrain.model.rope import Rope
-from llmtrain.ops import Call, resolve
+from llmtrain.ops import Call, Mask, resolve
 from llmtrain.parallel import mesh as world
 
 AUTO = {"precision": "fp64", "model": {"norm": {"placement": "depth_scaled_sandwich", "c_attention": "auto", "c_ffn": "auto"}}}
@@ -17,7 +17,13 @@ AUTO = {"precision": "fp64", "model": {"norm": {"placement": "depth_scaled_sandw
 def calls(meshes: dict[str, dict]) -> dict[str, dict]:
     """Results by name of the mesh; rows of 13 tokens do not split evenly."""
     torch.set_num_threads(1)
-    return {name: _calls(merge(BASE, AUTO | {"parallel": parallel})) for name, parallel in meshes.items()}
+    return {name: _calls(merge(BASE, AUTO | changes(parallel))) for name, parallel in meshes.items()}
+
+
+def changes(parallel: dict) -> dict:
+    """Options of a mesh; `attention` is that of `kernels`."""
+    kernels = {"kernels": {"attention": parallel["attention"]}} if "attention" in parallel else {}
+    return {"parallel": {key: value for key, value in parallel.items() if key != "attention"}} | kernels
 
 
 def _calls(values: dict) -> dict:
@@ -38,10 +44,12 @@ def _calls(values: dict) -> dict:
     return found
 
 
-def _made_once(engine, batches) -> dict[str, int]:
-    """How often a step of these micro-batches computes masks and rotations on this rank, and how many stages use them."""
-    made = {"prepared": 0, "rotations": 0, "stages": len(engine.stages.parts), "micro_batches": len(batches)}
-    prepare, forward = native.prepare, Rope.forward
+def _made_once(engine, batches) -> dict:
+    """How often a step of these micro-batches computes masks, rotations and what an attention op makes of a mask on this rank, and how many
+    stages and blocks use them."""
+    made = {"prepared": 0, "rotations": 0, "lowered": {}, "asked": {}, "stages": len(engine.stages.parts), "micro_batches": len(batches)}
+    made["blocks"] = sum(len(part.blocks) for part in engine.stages.parts.values())
+    prepare, forward, once = native.prepare, Rope.forward, Mask.once
 
     def counting(name, function):
         def call(*args, **kwargs):
@@ -50,10 +58,19 @@ def _made_once(engine, batches) -> dict[str, int]:
 
         return call
 
+    def counted(mask, name, make):
+        def making(mask):
+            made["lowered"][name] = made["lowered"].get(name, 0) + 1
+            return make(mask)
+
+        made["asked"][name] = made["asked"].get(name, 0) + 1
+        return once(mask, name, making)
+
+    Mask.once = counted
     native.prepare, Rope.forward = counting("prepared", prepare), counting("rotations", forward)
     try:
         engine.forward_backward(batches)
         engine.discard()
     finally:
-        native.prepare, Rope.forward = prepare, forward
+        native.prepare, Rope.forward, Mask.once = prepare, forward, once
     return made

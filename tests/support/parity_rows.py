@@ -20,6 +20,34 @@ MODELS = {
         "attention": {"kind": "mla", "heads": 4, "query_rank": 12, "kv_rank": 10, "nope_dim": 8, "rope_dim": 4, "value_dim": 6},
         "ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16, "shared_experts": 1},
     },
+    "balanced MoE": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16, "balance": {"weight": 0.1, "sequences": "step"}}},
+    "DeepSeek": {
+        "attention": {"kind": "mla", "heads": 4, "query_rank": 12, "kv_rank": 10, "nope_dim": 8, "rope_dim": 4, "value_dim": 6},
+        "ffn": {
+            "kind": "moe",
+            "experts": 8,
+            "top_k": 2,
+            "hidden": 16,
+            "shared_experts": 1,
+            "dense_layers": 1,
+            "dense_hidden": 48,
+            "router": {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 2.5, "bias_rate": 0.01, "z_loss": 0.001},
+            "balance": {"weight": 0.05, "sequences": 1},
+        },
+        "mtp": {"heads": 1},
+    },
+    "BigMac": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 32, "descend": 8, "activation": "gelu", "bias": True}},
+    "MoE, full groups": {
+        "ffn": {
+            "kind": "moe",
+            "experts": 4,
+            "top_k": 2,
+            "hidden": 16,
+            "router": {"bias_rate": 0.01},
+            "balance": {"weight": 0.1, "sequences": 4},
+            "capacity": {"factor": 1.0, "sequences": 2},
+        }
+    },
     "GPT": {
         "position": {"kind": "learned"},
         "max_seq_len": 32,
@@ -98,6 +126,8 @@ CHUNKS = {"parallel.tp_chunks": 3}
 NAMED = {"train.recompute": ["mla_up", "norms", "activation", "permute"]}
 AWAY = {"train.offload": ["block_input", "expert_output"], "optim.offload": True}
 RING, ULYSSES = ({"parallel.cp_kind": kind} for kind in ("ring", "ulysses"))
+GROUPS = "MoE, full groups"
+NODES, OVERLAP = {"parallel.ep_kind": "hierarchical"}, {"parallel.overlap_micro_batches": True}
 
 ONE = [
     Row({}, options=FULL, quick="fp64"),
@@ -127,7 +157,7 @@ DATA = [
     Row({"dp_replicate": 2, "dp_shard": 2}, "tied", ACCUMULATE | FULL, quick="fp64"),
 ]
 TENSOR = [
-    Row({"tp": 2}, quick="short"),
+    Row({"tp": 2}, quick="both"),
     Row({"tp": 2}, options=CHUNKS),
     Row({"tp": 2}, options=FULL),
     Row({"tp": 2}, options=SELECTIVE | CHUNKS),
@@ -146,7 +176,7 @@ TENSOR = [
     Row({"tp": 2}, "GPT", {"train.offload": ["attention_input", "ffn_input"]}),
 ]
 PIPELINE = [
-    Row({"pp": 2}, options=schedule("1f1b"), quick="short"),
+    Row({"pp": 2}, options=schedule("1f1b"), quick="both"),
     Row({"pp": 2}, options=schedule("gpipe")),
     Row({"pp": 2}, "4 layers", schedule("interleaved", 2), quick="short"),
     Row({"pp": 2}, options=schedule("zero_bubble"), quick="short"),
@@ -173,7 +203,7 @@ PIPELINE = [
     Row({"pp": 2, "cp": 2}, "MTP 2, tied", schedule("zbv", 2, [1, 1, 1, 0])),
 ]
 CONTEXT = [
-    Row({"cp": 2}, quick="short"),
+    Row({"cp": 2}, quick="both"),
     Row({"cp": 2}, options=RING, quick="short"),
     Row({"cp": 2}, options=ULYSSES, quick="short"),
     *(Row({"cp": 2}, options=kind, whole=True) for kind in ({}, RING, ULYSSES)),
@@ -195,7 +225,7 @@ EXPERT = [
     Row({"dp_shard": 2, "ep": 2}, "MoE", ACCUMULATE | FULL),
     Row({"cp": 2, "ep": 2}, "MoE"),
     Row({"tp": 2, "ep": 2}, "MoE"),
-    Row({"tp": 2, "etp": 2}, "MoE"),
+    Row({"tp": 2, "etp": 2}, "MoE", quick="short"),
     Row({"tp": 4, "ep": 2}, "MoE", quick="short"),  # the only ranks that share parameters are those of the same experts
     Row({"dp_shard": 4, "ep": 2}, "MoE"),
     Row({"dp_shard": 4, "ep": 4}, "MoE"),
@@ -204,6 +234,13 @@ EXPERT = [
     Row({"dp_shard": 2, "tp": 2, "ep": 2}, "MoE"),
     Row({"dp_shard": 2, "tp": 2, "ep": 2, "etp": 2}, "MoE"),
     Row({"dp_shard": 2, "cp": 2, "ep": 4}, "MoE", RING),
+    Row({"dp_shard": 2, "ep": 2}, GROUPS, quick="short"),
+    Row({"tp": 2}, GROUPS, quick="short"),
+    Row({"cp": 2}, GROUPS, quick="short"),
+    Row({"cp": 2, "tp": 2, "ep": 2}, GROUPS, FULL | RING, quick="short"),
+    Row({"pp": 2, "dp_shard": 2}, GROUPS, schedule("1f1b")),
+    Row({"dp_shard": 2, "tp": 2, "ep": 4}, "MoE", NODES, quick="short"),
+    Row({"dp_shard": 4, "ep": 4}, "MoE", NODES | {"parallel.ep_inner": 2} | FULL),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("1f1b")),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE),
     Row({"pp": 2, "tp": 2, "ep": 2}, "MoE", schedule("1f1b"), quick="short"),
@@ -213,6 +250,31 @@ EXPERT = [
     Row({"tp": 2, "etp": 2}, "latent MoE", NAMED),
     *(Row({"cp": 2}, "latent MoE", kind | NAMED) for kind in ({}, RING, ULYSSES)),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "latent MoE", schedule("zbv", 2, [1, 1, 1, 0]) | NAMED | AWAY),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "latent MoE", schedule("dualpipev", 2, [1, 1, 1, 0]) | ACCUMULATE | OVERLAP | NAMED | AWAY),
+    Row({"dp_shard": 4, "ep": 4}, "latent MoE", NODES | {"parallel.ep_inner": 2} | NAMED | AWAY),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("dualpipev", 2) | ACCUMULATE | OVERLAP, quick="short"),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE | OVERLAP),
+]
+MIXTURES = [
+    Row({}, "balanced MoE", {"train.micro_batch": 8}, quick="fp64"),
+    Row({}, "balanced MoE", FULL, quick="short"),
+    Row({"dp_shard": 2, "ep": 2}, "balanced MoE", quick="short"),
+    Row({"dp_shard": 4, "ep": 4}, "balanced MoE"),
+    Row({"dp_replicate": 2, "dp_shard": 2, "ep": 2}, "balanced MoE", ACCUMULATE),
+    Row({"tp": 2, "ep": 2}, "balanced MoE", quick="short"),
+    Row({"cp": 2, "ep": 2}, "balanced MoE", RING),
+    Row({"pp": 2}, "DeepSeek"),
+    Row({"dp_shard": 2, "ep": 2}, "DeepSeek", quick="short"),
+    Row({"tp": 2}, "DeepSeek", quick="short"),
+    Row({"cp": 2}, "DeepSeek", RING, quick="short"),
+    Row({"cp": 2, "ep": 2}, "DeepSeek"),
+    Row({"cp": 2}, "DeepSeek", ULYSSES),
+    Row({"dp_shard": 2, "tp": 2, "ep": 4}, "DeepSeek", FULL),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "DeepSeek", schedule("1f1b"), quick="short"),
+    Row({"pp": 2, "tp": 2, "ep": 2}, "DeepSeek", schedule("zbv", 2, [1, 1, 1, 0])),
+    Row({"dp_shard": 2, "ep": 2}, "BigMac", quick="short"),
+    Row({"tp": 2, "ep": 2}, "BigMac"),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "BigMac"),
 ]
 EIGHT = [
     Row({"pp": 2, "dp_shard": 2, "tp": 2, "ep": 2}, "MoE"),
@@ -220,7 +282,7 @@ EIGHT = [
     Row({"pp": 2, "dp_shard": 2, "tp": 2}, "4 layers, tied", schedule("interleaved", 2) | ACCUMULATE),
     Row({"dp_shard": 2, "cp": 2, "tp": 2}, "MTP", RING),
 ]
-ROWS = [*ONE, *DATA, *TENSOR, *PIPELINE, *CONTEXT, *EXPERT, *EIGHT]
+ROWS = [*ONE, *DATA, *TENSOR, *PIPELINE, *CONTEXT, *EXPERT, *MIXTURES, *EIGHT]
 
 FAULTS = {
     "count": Row({"dp_shard": 2}),
@@ -229,5 +291,6 @@ FAULTS = {
     "cp merge": Row({"cp": 2}, options=RING, whole=True),
     "embedding copy": Row({"pp": 2}, "tied"),
     "expert order": Row({"dp_shard": 2, "ep": 2}, "MoE"),
+    "holders": Row({"tp": 2, "etp": 2}, "MoE"),
 }
 """Faults of `sameness.FAULTS`, and the row that each must spoil."""

@@ -13,9 +13,10 @@ from llmtrain.convert.stored import StoredTensors
 from llmtrain.device import select
 from llmtrain.engine.native import build
 from llmtrain.model.objective import cross_entropy
-from llmtrain.ops import Call, resolve
+from llmtrain.ops import resolve
 from llmtrain.parallel import mesh as world
 from llmtrain.stages.pretrained import load_pretrained
+from llmtrain.stages.session import op_call
 
 
 def watch_reads() -> list[tuple[str, int]]:
@@ -42,11 +43,7 @@ def load(pretrained: str, parallel: dict, **model) -> dict:
     cfg = RunConfig.model_validate({"model": {"pretrained": pretrained, **model}, "parallel": parallel, "train": {"steps": 1}})
     device = select("cpu")
     mesh = world.start(cfg.parallel, device=device)
-    shape = cfg.model
-    ops = resolve(
-        {}, Call(device="cpu", dtype=torch.float32, head_dim=shape.head_dim, heads=shape.attention.heads, kv_heads=shape.kv_heads)
-    )
-    engine = build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=ops)
+    engine = build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=resolve({}, op_call(cfg, device)))
     said: list[str] = []
     load_pretrained(SimpleNamespace(cfg=cfg, mesh=mesh, console=SimpleNamespace(message=said.append)), engine)
     state = engine.state()

@@ -1,5 +1,5 @@
-"""One short training run of a tiny model in this world, as numbers to compare: losses of 20 steps, every full gradient and routing decision
-of step 1."""
+"""One short training run of a tiny model in this world, as numbers to compare: losses and gradient norms of 20 steps, every full gradient
+and routing decision of step 1."""
 
 import os
 import pickle
@@ -15,11 +15,12 @@ from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET, Batch
 from llmtrain.device import select
 from llmtrain.device.dtypes import torch_dtype
+from llmtrain.engine import native
 from llmtrain.engine.native import build
 from llmtrain.layout.steps import StepPlan
 from llmtrain.model.objective import cross_entropy
 from llmtrain.ops import Call, resolve
-from llmtrain.parallel import cp_ring, ep
+from llmtrain.parallel import cp_ring, ep_rows
 from llmtrain.parallel import mesh as world
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.tools.selftest.parity_run import nudge_weights
@@ -136,7 +137,12 @@ def no_merge(engine):
 
 def no_order(engine):
     """Results return from the experts in the experts' order, not in the one in which their tokens came."""
-    return replaced(ep, "inverse", lambda order: torch.arange(len(order)))
+    return replaced(ep_rows, "inverse", lambda order: torch.arange(len(order)))
+
+
+def no_sharing(engine):
+    """The norm counts a gradient once for every rank that holds it."""
+    return replaced(native, "holders", lambda parameter, ranks: 1)
 
 
 FAULTS = {
@@ -146,6 +152,7 @@ FAULTS = {
     "embedding copy": no_copy_sum,
     "cp merge": no_merge,
     "expert order": no_order,
+    "holders": no_sharing,
 }
 
 
@@ -159,7 +166,8 @@ def train(
     stop: int | None = None,
     device: str = "cpu",
 ) -> dict:
-    """On this world's mesh: losses of every step, or the first `stop`; gradients (whole, by name) and expert ids by layer of step 1.
+    """On this world's mesh: losses and norms of gradients of every step, or the first `stop`; gradients (whole, by name) and expert ids by
+    layer of step 1.
 
     permute: the samples of each step in another order. nudged: seed by which one process's initial weights are moved by a unit of rounding.
     device: the kind of this rank's device.
@@ -170,7 +178,7 @@ def train(
     if nudged is not None:
         nudge_weights(engine, nudged)
     plan, data, mesh = StepPlan.from_config(cfg), Documents(permuted if permute else None, whole=whole), engine.mesh
-    losses, compiling, found = [], [], {}
+    losses, norms, compiling, found = [], [], [], {}
     with FAULTS[fault](engine) if fault else nullcontext():
         for index in range(stop or plan.steps):
             step = plan.step(index)
@@ -179,12 +187,12 @@ def train(
                 result = engine.forward_backward(batches)
             if index == 0:
                 found = first_step(engine, batches) | {"routing": routing.gathered()}
-            engine.grad_norm()
+            norms.append(engine.grad_norm())
             engine.apply(lr=step.lr)
             losses.append(result.loss)
             compiling.append(result.metrics.get("compile_seconds", 0.0))
     mesh.leave()
-    return {"losses": losses, "compile_seconds": compiling} | found
+    return {"losses": losses, "norms": norms, "compile_seconds": compiling} | found
 
 
 def build_engine(cfg: RunConfig, kind: str = "cpu"):
@@ -221,8 +229,17 @@ def train_all(scenarios: dict[str, dict], done: str | None = None) -> dict[str, 
 
 def loss_difference(a: dict, b: dict) -> float:
     """Largest relative difference of any step's loss; `b` may have gone on for longer."""
-    assert 0 < len(a["losses"]) <= len(b["losses"])
-    return max(abs(x - y) / abs(y) for x, y in zip(a["losses"], b["losses"]))
+    return _difference(a["losses"], b["losses"])
+
+
+def norm_difference(a: dict, b: dict) -> float:
+    """Largest relative difference of any step's gradient norm, by which gradients are clipped; `b` as above."""
+    return _difference(a["norms"], b["norms"])
+
+
+def _difference(a: list[float], b: list[float]) -> float:
+    assert 0 < len(a) <= len(b)
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b))
 
 
 def gradient_difference(a: dict, b: dict) -> float:

@@ -47,6 +47,8 @@ class Counted(TorchDispatchMode):
         kind = self.KINDS[name]  # what is not known here must not go uncounted
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args)}
         group = dist.ProcessGroup.unbox(given["process_group"])
+        if group.size() == 1:
+            return
         value = next(given[key] for key in ("input_tensor", "input", "tensors") if key in given)
         tensors = value if isinstance(value, list | tuple) else [value]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -69,7 +71,7 @@ def ranks_of(mesh: world.Mesh) -> dict[str, tuple[int, ...]]:
     groups = {axis: mesh.group(axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
     groups |= {"world": dist.group.WORLD, "fsdp": mesh.fsdp.get_group()}
     if mesh.experts is not None:
-        groups |= {axis: mesh.experts.get_group(axis) for axis in ("efsdp", "ep")}
+        groups |= {axis: mesh.expert_group(axis) for axis in mesh.shape.expert_axes}
     return {axis: members(group) for axis, group in groups.items()}
 
 

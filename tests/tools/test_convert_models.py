@@ -16,6 +16,7 @@ from llmtrain.config.load import load
 from llmtrain.config.run import RunConfig
 from llmtrain.tools import convert, verify_model
 from llmtrain.tools.model_source import open_source
+from llmtrain.tools.open_model import open_model
 
 transformers = pytest.importorskip("transformers", reason="conversions are checked against transformers")
 
@@ -66,6 +67,44 @@ def test_to_native_and_back(hf, tmp_path, capsys):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes(), name
     assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == [0, 5]
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_to_native_and_back(family, dtype, tmp_path, capsys):
+    """What is rounded is rounded once; biases of routers never are."""
+    source = save(make(family, {}), tmp_path / "hf", shard="20KB")
+    words = ["--dtype", dtype] if dtype else []
+    for here, there, to in ((source, tmp_path / "run", "native"), (tmp_path / "run", tmp_path / "back", "hf")):
+        code, out, err = run(capsys, here, there, "--to", to, "--verify", *words)
+        assert code == 0 and "verify: logits differ by at most" in out, err
+    expected = weights(source)
+    biases = [name for name in expected if name.endswith("e_score_correction_bias")]
+    assert len(biases) == (family == "deepseek_v3")
+    rounded = {n: tensor if n in biases or dtype is None else tensor.bfloat16() for n, tensor in expected.items()}
+    assert equal(weights(tmp_path / "back"), rounded)
+
+
+def test_opened_in_16_bits_a_router_keeps_its_bias(tmp_path, capsys):
+    folder = save(make("deepseek_v3", {}), tmp_path / "hf")
+    run(capsys, folder, tmp_path / "run", "--to", "native")
+    stored = weights(folder)["model.layers.1.mlp.gate.e_score_correction_bias"]
+    for path in (folder, tmp_path / "run"):
+        for name, dtype in (("bf16", torch.bfloat16), ("fp64", torch.float64)):
+            router = open_model(path, device="cpu", dtype=name).model.blocks["1"].ffn.router
+            assert router.weight.dtype == dtype and torch.equal(router.bias.double(), stored.double())
+
+
+def test_heads_of_multi_token_prediction_are_left_out_and_said(tmp_path, capsys):
+    folder = save(make("deepseek_v3", {"num_mtp_layers": 1}), tmp_path / "hf")
+    held = load_file(folder / "model.safetensors")
+    ahead = {"model.layers.2.eh_proj.weight": torch.zeros(32, 64), "model.layers.2.mlp.gate.weight": torch.zeros(8, 32)}
+    save_file(held | ahead, folder / "model.safetensors")
+    code, _, err = run(capsys, folder, tmp_path / "out", "--to", "native")
+    assert code == 0 and "layers 2, which predict further tokens (num_nextn_predict_layers), are left out" in err
+    save_file(held | ahead | {"model.layers.3.eh_proj.weight": torch.zeros(32, 64)}, folder / "model.safetensors")
+    code, _, err = run(capsys, folder, tmp_path / "no", "--to", "native")
+    assert code == 1 and "not expected: model.layers.3.eh_proj.weight" in err
 
 
 def test_a_moved_run_folder_keeps_its_tokenizer(hf, tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 from hf_models import make, save
 from safetensors.torch import load_file
 
+from llmtrain import cli
 from llmtrain.data.token_file import TokenWriter
 from llmtrain.tools.convert import main as convert
 
@@ -134,6 +135,30 @@ def test_what_a_trained_model_gives_back(place, straight):
     assert before.keys() == after.keys()
     moved = [(after[name] - before[name]).abs().max().item() for name in before]
     assert 0 < max(moved) < 0.01
+
+
+def test_experts_are_trained_on_and_come_back(place):
+    """From a DeepSeek-V3, by two ranks that share its experts: biases move, and checkpoint and export agree, with transformers too."""
+    save(make("deepseek_v3", {}), place.folder / "deepseek")
+    words = ["--parallel.dp_shard", "2", "--parallel.ep", "2", "--model.ffn.router.bias_rate", "0.01", "--model.ffn.balance.sequences", "1"]
+    run, out = place.train("experts", "--model.pretrained", "deepseek", *words, "--train.steps", "2")
+    assert "ffn.router.bias_rate 0.01 (pretrained: 0.0)" in out
+    before, after = load_file(place.folder / "deepseek/model.safetensors"), load_file(run / "hf/model.safetensors")
+    assert before.keys() == after.keys()
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert 0.009 < (after[bias] - before[bias]).abs().max() < 0.021
+    assert all((after[name] != before[name]).any() for name in before)
+    assert convert([str(run), str(place.folder / "verified"), "--to", "hf", "--verify"]) == 0
+    again = load_file(place.folder / "verified/model.safetensors")
+    assert all((again[name] == after[name]).all() for name in after)
+
+
+def test_what_cannot_be_exported_is_refused_before_it_is_trained(place, monkeypatch, capsys):
+    monkeypatch.chdir(place.folder)
+    shape = ["--model.vocab_size", "97", "--model.layers", "1", "--model.hidden", "32", "--model.attention.heads", "2"]
+    assert cli.main(["train", "-c", "base.yaml", "--name", "no", *shape, "--model.norm.kind", "layer_norm"]) == 1
+    assert "no Hugging Face family here computes model.norm.kind layer_norm" in capsys.readouterr().err
+    assert not (place.folder / "runs/no").exists()
 
 
 def test_the_rope_base_is_that_of_the_phase_a_checkpoint_ends_in(place):

@@ -7,8 +7,11 @@ import pytest
 import torch
 import yaml
 
+from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
+from llmtrain.device import select
 from llmtrain.errors import UserError
+from llmtrain.model import initialise
 from llmtrain.model.decode import CachedRunner, UncachedRunner
 from llmtrain.model.decode import generate as generate_tokens
 from llmtrain.model.sampling import Sampling
@@ -251,6 +254,18 @@ def test_other_formats_than_the_stored_one(run):
         assert parameter.dtype == torch.float32 and torch.equal(parameter, state[f"{name}.weight"].float())
     model, same, tokenizer, *_ = opened
     assert same == cfg.model and tokenizer.eod_id == 0 and opened.stop_ids == (0,) and model.rope.base == 1e6
+
+
+def test_no_token_is_dropped_whatever_the_capacity():
+    ffn = {"kind": "moe", "experts": 4, "hidden": 24, "capacity": {"factor": 0.25, "sequences": 2}}
+    shape = {"layers": 1, "hidden": 32, "vocab_size": 61, "attention": {"heads": 2}, "init": {"std": 0.3}}
+    logits = []
+    for changes in ({}, {"capacity": None}):
+        cfg = ModelConfig.model_validate(shape | {"ffn": ffn | changes})
+        model = open_model.empty_model(cfg, select("cpu"), torch.float64)
+        initialise(model, cfg, 1)
+        logits.append(model(torch.arange(40).view(2, 20), mask=Mask())["logits"])
+    assert torch.equal(*logits)
 
 
 def test_a_chat_template_is_rendered_in_a_sandbox(tmp_path):

@@ -16,11 +16,16 @@ from llmtrain.tools.open_model import open_model
 
 transformers = pytest.importorskip("transformers", reason="the comparison is with transformers")
 torch.set_num_threads(1)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4, "mscale_all_dim": 1.0}
 CASES = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "qwen2, window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
     "qwen3": {"head_dim": 16},
+    "mixtral": {},
+    "qwen3_moe, window": {"use_sliding_window": True, "sliding_window": 7},
+    "deepseek_v3": {},
+    "deepseek_v3, yarn": {"q_lora_rank": None, "v_head_dim": 20, "rope_parameters": YARN},
 }
 
 

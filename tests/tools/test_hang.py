@@ -3,27 +3,52 @@
 import re
 
 import pytest
-from hang_runs import OLD_GLOO, STEP, TIMEOUT, run_all
+from hang_runs import STEP, TIMEOUT, Case, run_all
 
 DP = ("--parallel.dp_shard", "2")
+DP_4, REPLICAS = ("--parallel.dp_shard", "4"), ("--parallel.dp_replicate", "2")
+TP, CP = ("--parallel.tp", "2"), ("--parallel.cp", "2")
+EP = ("--parallel.ep", "2", "--model.ffn.kind", "moe")
 FAULTS = {  # what happens before which collective, and the options of the run
-    "backward": ({"act": "sleep", "axis": "dp_shard", "rank": 1, "direction": "backward"}, DP),
-    "sum": ({"act": "sleep", "axis": "world", "rank": 0}, DP),
-    "stop": ({"act": "stop", "axis": "world", "rank": 0}, DP),
-    "hold": ({"act": "hold", "axis": "dp_shard", "rank": 1, "direction": "forward"}, DP),
-    "raise": ({"act": "raise", "axis": "dp_shard", "rank": 1, "direction": "backward"}, DP),
-    "die": ({"act": "die", "axis": "dp_shard", "rank": 1, "direction": "backward"}, DP),
-    "pause": ({"act": "pause", "axis": "world", "rank": -1}, (*DP, "--train.steps", "6")),
+    "backward": Case({"act": "sleep", "axis": "dp_shard", "rank": 1, "direction": "backward"}, DP),
+    "sum": Case({"act": "sleep", "axis": "world", "rank": 0}, DP),
+    "stop": Case({"act": "stop", "axis": "world", "rank": 0}, DP),
+    "hold": Case({"act": "hold", "axis": "dp_shard", "rank": 1, "direction": "forward"}, DP),
+    "raise": Case({"act": "raise", "axis": "dp_shard", "rank": 1, "direction": "backward"}, DP),
+    "die": Case({"act": "die", "axis": "dp_shard", "rank": 1, "direction": "backward"}, DP),
+    "pause": Case({"act": "pause", "axis": "world", "rank": -1}, (*DP, "--train.steps", "6")),
 }
+
+
+def asleep(axis: str, *words: str, ranks: int = 2, **fault) -> Case:
+    """Rank 1 sleeps before a collective of `axis`."""
+    return Case({"act": "sleep", "axis": axis, "rank": 1, **fault}, words, ranks)
+
+
+def blind(axis: str, *words: str, **fault) -> Case:
+    """The same where torch's flight recorder knows nothing, as with HCCL."""
+    return asleep(axis, *words, blind=True, **fault)
+
+
+# Which collective of step 3 it is, told by the order of calls alone; the layer that a rank must be said to wait at, and that of rank 1.
 AXES = {
-    "dp_replicate": ({"act": "sleep", "axis": "dp_replicate", "rank": 1}, ("--parallel.dp_replicate", "2")),
-    "tp": ({"act": "sleep", "axis": "tp", "rank": 1}, ("--parallel.tp", "2")),
-    "cp": ({"act": "sleep", "axis": "cp", "rank": 1}, ("--parallel.cp", "2")),
-    "pp": ({"act": "sleep", "axis": "pp", "rank": 1}, ("--parallel.pp", "2")),
-    "ep": (
-        {"act": "sleep", "axis": "ep", "rank": 1, "op": "all_to_all_single"},
-        (*DP, "--parallel.ep", "2", "--model.ffn.kind", "moe"),
-    ),
+    "dp_shard": (blind("dp_shard", *DP, op="all_gather", nth=3), "block 1 forward", "block 1 forward"),  # the embedding's is the first
+    # FSDP2 sums over replicas by itself: the flight recorder knows that.
+    "dp_replicate": (asleep("dp_replicate", *REPLICAS, op="all_reduce", inside="backward"), "head backward", "head backward"),
+    "tp": (blind("tp", *TP, op="all_gather", inside="qkv", nth=2), "block 1 forward", "block 1 forward"),
+    "cp": (blind("cp", *CP, op="all_gather", inside="attend", nth=3), "block 2 forward", "block 2 forward"),
+    "pp": (blind("pp", "--parallel.pp", "2", op="recv"), "block 1 backward", "block 2 forward"),
+    "ep": (blind("ep", *DP, *EP, op="all_to_all", nth=5), "block 1 forward", "block 1 forward"),  # three a layer
+    "efsdp": (blind("efsdp", *DP_4, *EP, ranks=4, op="all_gather", nth=2), "block 1 forward", "block 1 forward"),
+    "fsdp": (blind("fsdp", *DP, *CP, ranks=4, op="reduce_scatter", nth=2), "block 2 backward", "block 2 backward"),  # after the head's
+}
+WAITING = {"efsdp": "3"}
+"""The rank that waits for rank 1 in the axis' own group, where that is not rank 0."""
+# The same where ranks do not wait in their collectives but later, where they read from their devices.
+DEVICES = {
+    "dp_shard": (blind("dp_shard", *DP, op="all_gather", nth=3, asynchronous=True), "block 1 forward"),
+    "tp": (blind("tp", *TP, op="reduce_scatter", inside="attention_output", nth=2, asynchronous=True), "block 1 forward"),
+    "ep": (blind("ep", *DP, *EP, op="all_to_all", nth=5, asynchronous=True), "block 1 forward"),
 }
 
 
@@ -34,7 +59,12 @@ def faults(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def axes(tmp_path_factory):
-    return run_all(tmp_path_factory.mktemp("axes"), AXES)
+    return run_all(tmp_path_factory.mktemp("axes"), {axis: case for axis, (case, *_) in AXES.items()})
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory):
+    return run_all(tmp_path_factory.mktemp("devices"), {axis: case for axis, (case, _) in DEVICES.items()})
 
 
 def test_sleep_before_a_collective_of_the_backward_pass(faults):
@@ -83,12 +113,25 @@ def test_a_rank_that_is_killed(faults):
 
 @pytest.mark.parametrize("axis", AXES)
 def test_sleep_in_each_axis(axes, axis):
-    if axis == "tp" and OLD_GLOO:
-        pytest.skip("before torch 2.13 gloo does not record its reduce-scatter: the report names no group, 30 s late")
-    found = axes[axis]
+    found, (case, there, last) = axes[axis], AXES[axis]
     assert found.code == 3 and found.left == 0 and found.in_time()
-    assert "rank 1 did not arrive" in found.err and re.search(rf"of group (\w+/)*{axis}(/\w+)*; rank 0 waited", found.err)
-    assert f"last seen at step {STEP}" in found.err
+    assert_absent(found, axis, case.fault["op"], there=there, last=last)
+
+
+@pytest.mark.parametrize("axis", DEVICES)
+def test_sleep_where_the_others_wait_for_their_devices(devices, axis):
+    found, (case, layer) = devices[axis], DEVICES[axis]
+    assert found.code == 3 and found.left == 0 and found.in_time()
+    assert_absent(found, axis, case.fault["op"], there=layer, last=layer)
+
+
+def assert_absent(found, axis, op, *, there, last):
+    """Rank 1 is said not to have arrived at `op` of `axis` at the layer `there`, and to have been seen last at layer `last`."""
+    waiting = WAITING.get(axis, "0")
+    assert re.search(rf"rank 1 did not arrive at {op} of group (\w+/)*{axis}(/\w+)*; ranks? {waiting}\b", found.err)
+    assert re.match(rf"{waiting} +waits +{op}.* (\w+/)*{axis}(/\w+)* ", found.rows()[waiting]) and re.match("1 +runs ", found.rows()["1"])
+    assert (found.layers()[waiting], found.layers()["1"]) == (there, last)
+    assert f"last seen at step {STEP}, training, {last}" in found.err
 
 
 def test_long_work_outside_of_collectives_is_no_hang(faults):

@@ -9,7 +9,8 @@ from torch import nn
 
 from llmtrain.parallel.hang import report as hang_report
 from llmtrain.parallel.hang import where
-from llmtrain.parallel.hang.record import BACKWARD, FORWARD, SIZE, Field, Record, decode
+from llmtrain.parallel.hang.record import BACKWARD, COUNTS, DEVICE, FORWARD, SIZE, Field, Record, decode
+from llmtrain.parallel.hang.settle import Step, begun_by, settle
 
 
 def waits(rank, op="all_reduce", group="tp", members=(0, 1), **more):
@@ -128,3 +129,61 @@ class Spy(dict):
         super().__setitem__(field, value)
         if field == Field.DIRECTION:
             self.seen.append((self[Field.LAYER], value))
+
+
+def on_device(rank, counts, begun=()):
+    """A rank that waits for its device, or for nothing if it has begun nothing."""
+    state = "waits" if begun else "runs"
+    inside = {"op": DEVICE, "group": "-", "members": (), "sequence": None, "counts": counts, "begun": begun, "groups": {"tp": [0, 1]}}
+    return waits(rank, state=state, **inside)
+
+
+def test_a_device_is_held_up_in_the_first_collective_that_another_rank_has_not_begun():
+    begun = [Step("world", 2, "all_reduce", "world", -1, None, None, -1)]
+    begun += [Step("tp", number, "all_gather", "tp", -1, f"block {number}", "forward", 0) for number in (6, 7, 8)]
+    made = reports(on_device(0, {"world": 2, "tp": 8}, begun), on_device(1, {"world": 2, "tp": 6}))
+    found = settle(made)[0]
+    assert (found["op"], found["group"], found["sequence"], found["members"]) == ("all_gather", "tp", 7, [0, 1])
+    assert (found["layer"], found["direction"], found["micro_batch"]) == ("block 7", "forward", 0)
+    assert first_line(made).startswith("hang: rank 1 did not arrive at all_gather of group tp; rank 0 waited there")
+    assert settle(made)[1] == made[1]
+
+
+def test_a_device_waits_for_the_other_end_of_a_send():
+    begun = [Step("pp 0>3", 5, "send", "pp", 3, "block 1", "forward", 0), Step("pp 3>0", 5, "recv", "pp", 3, "block 1", "backward", 0)]
+    made = reports(on_device(0, {"pp 0>3": 5, "pp 3>0": 5}, begun), on_device(3, {"pp 0>3": 5, "pp 3>0": 4}))
+    found = settle(made)[0]
+    assert (found["op"], found["peer"], found["members"], found["direction"]) == ("recv", 3, [0, 3], "backward")
+    assert "rank 3 did not arrive at recv of group pp" in first_line(made)
+
+
+def test_devices_that_wait_for_nobody_name_the_last_collective_begun():
+    begun = [Step("tp", number, "all_gather", "tp", -1, f"block {number}", "forward", 0) for number in (1, 2)]
+    made = reports(*(on_device(rank, {"tp": 2}, begun) for rank in range(2)))
+    assert "ranks 0-1 all are in all_gather of group tp and it does not end" in first_line(made)
+    assert settle(made)[0]["layer"] == "block 2"
+
+
+def test_collectives_that_were_begun_are_remembered_until_a_device_has_been_read():
+    record = where.HERE
+    with where.device_wait():
+        assert record.read()["op"] == DEVICE
+    assert not record.begun
+    before = record.read()["counts"].get("tp", 0)
+    where.mark(record.number("block 3"), BACKWARD)
+    where.count("all_gather", "tp")
+    with where.recorded("reduce_scatter", "tp"), where.recorded("reduce_scatter", "tp", begun=True):
+        pass
+    first, second = begun_by(record)
+    assert first == Step("tp", before + 1, "all_gather", "tp", -1, "block 3", "backward", -1)
+    assert (second.op, second.number) == ("reduce_scatter", before + 2)
+    assert record.read()["counts"]["tp"] == before + 2
+    with where.device_wait():
+        pass
+    assert begun_by(record) == []
+
+
+def test_more_groups_than_there_is_room_for():
+    record = Record()
+    places = [record.count_of(f"group {number}") for number in range(COUNTS + 2)]
+    assert places[-2:] == [0, 0] and len(set(places)) == COUNTS + 1 and record.count_of("group 1") == places[1]

@@ -10,7 +10,8 @@ import yaml
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.tools.history import History
-from llmtrain.tools.report import main, table, write_report
+from llmtrain.tools.markdown import table
+from llmtrain.tools.report import main, write_report
 from llmtrain.tools.report_plot import smoothed, sparkline
 
 
@@ -132,3 +133,31 @@ def test_smoothing_has_no_lag_and_ignores_a_spike():
 
 def test_table():
     assert table(("a", ""), [("x|y", 1)]) == "| a |  |\n|---|---|\n| x\\|y | 1 |"
+
+
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [
+        (
+            {"preset": "deepseek_v3", "ffn": {"kind": "moe", "balance": {"weight": 1e-4, "sequences": 1}}},
+            {
+                "attention": "128 latent heads, queries from 1536, keys and values from 512, head width 128 + 64, values 128",
+                "feed-forward": "256 experts, 8 per token by sigmoid, width 2048 (swiglu); 1 shared; first 3 blocks dense, 18432",
+                "balance of experts": "loss 0.0001 over each sequence, bias moved by 0.001",
+            },
+        ),
+        (
+            {"preset": "gpt3_xl_bigmac", "ffn": {"kind": "moe", "capacity": {"factor": 1.2}}},
+            {
+                "attention": "16 heads, 16 key/value heads, head width 128",
+                "feed-forward": "64 experts, 8 per token by softmax, width 2048 (gelu); between projections to 512; capacity 1.2",
+                "balance of experts": "nothing",
+            },
+        ),
+    ],
+    ids=["deepseek", "bigmac"],
+)
+def test_the_shape_of_a_mixture_of_experts(folder, model, rows):
+    (folder / "config.yaml").write_text(yaml.safe_dump(RunConfig(model=model).model_dump(mode="json")))
+    text = write_report(folder, {}).read_text()
+    assert {name: cell(text, f"{name} |") for name in rows} == rows

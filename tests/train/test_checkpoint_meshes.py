@@ -18,6 +18,8 @@ DENSE = {
     "pp2 v": Row({"pp": 2}, "tied", V),
     "cp2": Row({"cp": 2}, "tied"),
     "dp4": Row({"dp_shard": 4}, "tied"),
+    "hsdp": Row({"dp_replicate": 2, "dp_shard": 2}, "tied"),
+    "cp2.tp2": Row({"cp": 2, "tp": 2}, "tied"),
     "dp2.tp2": Row({"dp_shard": 2, "tp": 2}, "tied"),
     "tp2.pp2": Row({"tp": 2, "pp": 2}, "tied"),
 }
@@ -65,7 +67,9 @@ def loaded(folders, saved, tmp_path_factory):
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_every_mesh_goes_on_from_every_other(saved, loaded, source, target):
     before, after = saved[source], loaded[f"{source} -> {target}"]
-    assert after["meta"] == {"step": BEFORE, "position": 8 * BEFORE}
+    read = before["samples"][:BEFORE] + after["samples"]
+    assert [sample for step in read for sample in step] == list(range(8 * (BEFORE + AFTER))), "each sample is read once, in its step"
+    assert after["samples"] == before["samples"][BEFORE:] and after["step"] == BEFORE
     assert before["state"].keys() == after["state"].keys()
     for name, value in before["state"].items():
         assert np.array_equal(after["state"][name], value), name

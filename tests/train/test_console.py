@@ -29,8 +29,9 @@ class Clock:
 def test_the_line():
     line = progress_line(step=7, total=300, values=VALUES, eta=3725)
     assert line == "step   7/300  ETA 01:02:05  loss 2.3457  grad 0.988  lr 3.00e-03  12.3k tok/s  MFU 43.2%  mem 1.23G"
-    sparse = progress_line(step=300, total=300, values={**VALUES, "mfu": None, "spike": 1, "load_max_mean": 1.25}, eta=None)
-    assert "MFU" not in sparse and "spike" in sparse and "load 1.25" in sparse and "ETA" not in sparse
+    experts = {"first_layer": 1, "load": [1.0, 1.25], "entropy": [0.99, 1.0]}
+    sparse = progress_line(step=300, total=300, values={**VALUES, "mfu": None, "spike": 1, "experts": experts}, eta=None)
+    assert "MFU" not in sparse and "spike" in sparse and "load 1.25  entropy 0.99  " in sparse and "ETA" not in sparse
 
 
 def test_a_terminal_shows_messages_above_one_live_line(monkeypatch):

@@ -67,7 +67,7 @@ def attention_npu(
     if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise reject("attention", "return_lse=True with gradients", "torch.no_grad(), since the operator's log-sum-exp has none")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    lengths = _packed_lengths(mask)
+    lengths = mask.once("packed lengths", _packed_lengths)
     shift = q_offset - kv_offset
     plain = sparse(mask, queries=q.shape[2], keys=k.shape[2], shift=shift)
     packable = lengths is None or (shift == 0 and q.shape[2] == k.shape[2])
@@ -148,7 +148,8 @@ def _documents(
 ) -> tuple[Tensor, Tensor | None]:
     batch, _, seq, _ = q.shape
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [B*S,H or K,d]
-    results = [_packed(*(x[run.first : run.last] for x in packed), mask, run, scale, return_lse) for run in _runs(lengths)]
+    runs = mask.once(("runs", MOST_DOCUMENTS, MOST_TOKENS), lambda _: list(_runs(lengths)))
+    results = [_packed(*(x[run.first : run.last] for x in packed), mask, run, scale, return_lse) for run in runs]
     outs, sums = zip(*results)
     out = (outs[0] if len(outs) == 1 else torch.cat(outs)).unflatten(0, (batch, seq)).transpose(1, 2)
     return out, torch.cat(sums).unflatten(0, (batch, seq)).transpose(1, 2) if return_lse else None

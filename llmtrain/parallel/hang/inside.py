@@ -11,7 +11,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from llmtrain.compat import open_collectives
-from llmtrain.layout.mesh import AXES, EXPERT_AXES
+from llmtrain.layout.mesh import AXES
 from llmtrain.parallel.hang.record import Field
 from llmtrain.parallel.hang.where import HERE
 from llmtrain.parallel.mesh import Mesh
@@ -22,7 +22,7 @@ LIBRARY = os.path.dirname(dist.__file__)
 # What of torch.distributed waits for other ranks; all else of it may work for long on its own, as when a checkpoint is read.
 COLLECTIVES = tuple(os.path.join(LIBRARY, name) for name in ("distributed_c10d.py", "_functional_collectives.py", "fsdp/_fully_shard/"))
 WRAPPERS = ("c10d_logger.py", "typing_extensions.py")
-DULL = (*WRAPPERS, "_contextlib.py", "eval_frame.py", "_fsdp_common.py")  # frames that only pass on
+DULL = (*WRAPPERS, "_contextlib.py", "eval_frame.py", "_fsdp_common.py", os.path.join("hang", "where.py"))  # frames that only pass on
 STANDARD = os.path.dirname(os.__file__)
 PACKAGE = str(Path(__file__).parents[2]) + os.sep
 ROOT = os.path.dirname(os.path.dirname(PACKAGE))
@@ -34,6 +34,7 @@ class Inside:
     def __init__(self, mesh: Mesh):
         self.groups = named_groups(mesh)
         self._everyone = list(range(mesh.world))
+        self._asynchronous = mesh.device.kind != "cpu"
         self._main = threading.main_thread().ident
         self._call: tuple | None = None
         self._call_since = 0.0
@@ -41,20 +42,25 @@ class Inside:
     def collective(self) -> dict | None:
         """The collective that is waited for: op, group, members, sequence, peer, seconds; None if there is none.
 
-        The record knows our own call sites on any back end, the flight recorder (gloo, NCCL) those of FSDP2 as well and, on a device,
+        The record knows what this package calls, on any back end. The flight recorder (gloo, NCCL) knows all there are and, on a device,
         which of several is not complete. The main thread's frames stand in where there is neither.
         """
         place, pending = HERE.read(), open_collectives()
         oldest = pending[0] if pending else None
-        if place["op"] and (oldest is None or oldest["since"] >= place["since"] or place["peer"] >= 0):
-            found = {key: place[key] for key in ("op", "group", "peer", "since")} | {"sequence": oldest and oldest["sequence"]}
+        if place["op"] and (oldest is None or not self._asynchronous):
+            found = {key: place[key] for key in ("op", "group", "peer", "since")}
+            found["sequence"] = oldest["sequence"] if oldest and self._axis(oldest["group"]) == place["group"] else None
         elif oldest:
-            found = {**oldest, "group": self.groups[oldest["group"]][0] if oldest["group"] in self.groups else oldest["group"]}
+            found = {**oldest, "group": self._axis(oldest["group"])}
         else:
             found = self._by_frames()
         if found is None:
             return None
         return {"peer": -1, **found, "members": self._members(found["group"]), "seconds": (time.time_ns() - found["since"]) / 1e9}
+
+    def notice(self) -> None:
+        """Remember since when the main thread's frames have been in a collective. Costs some 0.1 ms; `collective` asks torch, too."""
+        self._by_frames()
 
     def _by_frames(self) -> dict | None:
         frame, frames = sys._current_frames().get(self._main), []
@@ -79,7 +85,7 @@ class Inside:
             return None, None
         values = (call.f_locals.get(name) for call in calls for name in ("group", "process_group"))
         group = next((value.group_name for value in values if isinstance(value, dist.ProcessGroup)), dist.group.WORLD.group_name)
-        axis = self.groups[group][0] if group in self.groups else group
+        axis = self._axis(group)
         outer = [call for call in calls if call.f_code.co_filename.startswith(COLLECTIVES[:2])] or calls
         return {"op": outer[-1].f_code.co_name, "group": axis, "sequence": None}, (id(calls[-1]), calls[-1].f_lasti)
 
@@ -91,6 +97,13 @@ class Inside:
         else:
             found, _ = self._call_in([frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1])
         return found and {"peer": -1, **found, "sequence": None, "members": self._members(found["group"])}
+
+    def _axis(self, group: str) -> str:
+        return self.groups[group][0] if group in self.groups else group
+
+    def axes(self) -> dict[str, list[int]]:
+        """The ranks of this rank's groups by axis, without `world`."""
+        return {axis: ranks for axis, ranks in self.groups.values() if axis != "world"}
 
     def _members(self, axis: str) -> list[int] | None:
         return self._everyone if axis == "world" else next((ranks for name, ranks in self.groups.values() if name == axis), None)
@@ -126,7 +139,7 @@ def named_groups(mesh: Mesh) -> dict[str, tuple[str, list[int]]]:
     """Name of each process group of this rank -> its axis and its ranks. A group that several axes share has all their names."""
     parts = [(axis, mesh.device_mesh.get_group(axis)) for axis in AXES]
     if mesh.experts is not None:
-        parts += [(axis, mesh.experts.get_group(axis)) for axis in EXPERT_AXES if axis not in AXES]
+        parts += [(axis, mesh.expert_group(axis)) for axis in mesh.shape.expert_axes]
     parts += [("fsdp", mesh.fsdp.get_group()), ("world", dist.group.WORLD)]
     axes: dict[str, list[str]] = {}
     members = {}

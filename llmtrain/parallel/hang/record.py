@@ -1,10 +1,18 @@
 """The bytes of one rank's record: whole numbers, and the names that some of them stand for. Read by other processes; imports no torch."""
 
+from collections import deque
 from enum import IntEnum
 
 FORWARD, BACKWARD = 1, 2
-SIZE = 4096
+DIRECTIONS = {FORWARD: "forward", BACKWARD: "backward"}
+DEVICE = "device"
+"""The op of a rank that reads from its device, and waits there for whatever was begun."""
+SIZE = 8192
 """Bytes of a record."""
+COUNTS = 64
+"""Groups, and pairs of ranks, whose collectives are counted."""
+KEPT = 1024
+"""Collectives that a rank remembers having begun, while it does not know them to be finished."""
 
 
 class Field(IntEnum):
@@ -24,7 +32,8 @@ class Field(IntEnum):
     CALLS = 11  # collectives recorded so far
 
 
-_NAMES = 8 * len(Field)  # where the names begin: UTF-8, a line each, the first one being number 1
+_NUMBERS = len(Field) + 2 * COUNTS  # the fields, then pairs (a name, how many collectives of it were begun)
+_NAMES = 8 * _NUMBERS  # where the names begin: UTF-8, a line each, the first one being number 1
 
 
 class Record:
@@ -33,7 +42,10 @@ class Record:
     def __init__(self):
         self._bytes = memoryview(bytearray(SIZE))
         self.slots = self._bytes[:_NAMES].cast("q")
-        """The numbers, by Field."""
+        """The numbers, by Field, and behind them the counts."""
+        self.begun: deque[tuple[int, ...]] = deque(maxlen=KEPT)
+        """Collectives begun and not known to be finished, oldest first: place of the count, op, group, peer, layer, direction, micro-batch.
+        Names by their numbers. Known to this process alone."""
         self.slots[Field.MICRO_BATCH] = self.slots[Field.PEER] = -1
         self._numbers: dict[str, int] = {}
 
@@ -52,6 +64,19 @@ class Record:
         self._bytes[start : start + len(added)] = added
         self._numbers[name] = len(self._numbers) + 1
         return self._numbers[name]
+
+    def names(self) -> list[str]:
+        """All names by number; number 0 is none."""
+        return ["", *self._numbers]
+
+    def count_of(self, key: str) -> int:
+        """The place among `slots` where collectives of `key` are counted; 0 if there is no place left for it."""
+        number = self.number(key)
+        for place in range(len(Field), _NUMBERS, 2) if number != self._numbers.get("...") else ():
+            if self.slots[place] in (0, number):
+                self.slots[place] = number
+                return place + 1
+        return 0
 
     def attach(self, memory: memoryview) -> None:
         """Go on in `memory`, SIZE bytes that others can read."""
@@ -72,12 +97,12 @@ class Record:
 
 
 def decode(data: bytes) -> dict:
-    """A record in words, by the fields' names in small letters; `op` is None outside of collectives."""
+    """A record in words, by the fields' names in small letters; `op` is None outside of collectives, `counts` are collectives begun."""
     numbers = memoryview(data[:_NAMES]).cast("q")
     names = ["", *data[_NAMES:].rstrip(b"\0").decode(errors="replace").splitlines()]
 
-    def name(field: Field) -> str | None:
-        number = numbers[field]
+    def name(place: int) -> str | None:
+        number = numbers[place]
         return names[number] if 0 < number < len(names) else None
 
     return {
@@ -88,9 +113,10 @@ def decode(data: bytes) -> dict:
         "phase": name(Field.PHASE),
         "micro_batch": numbers[Field.MICRO_BATCH],
         "layer": name(Field.LAYER),
-        "direction": {FORWARD: "forward", BACKWARD: "backward"}.get(numbers[Field.DIRECTION]),
+        "direction": DIRECTIONS.get(numbers[Field.DIRECTION]),
         "op": name(Field.OP),
         "group": name(Field.GROUP),
         "peer": numbers[Field.PEER],
         "since": numbers[Field.SINCE],
+        "counts": {name(place): numbers[place + 1] for place in range(len(Field), _NUMBERS, 2) if numbers[place]},
     }

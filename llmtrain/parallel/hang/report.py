@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from llmtrain.parallel.hang.settle import settle
+
 WAITS, FAILED, RUNS, RAISED, SILENT = "waits", "failed", "runs", "raised", "silent"
 IN_COLLECTIVE = (WAITS, FAILED)
 ANSWERED = (WAITS, FAILED, RUNS, RAISED)
@@ -13,6 +15,7 @@ COLUMNS = ("rank", "state", "collective", "group", "step", "where", "for", "at")
 
 def render(reports: dict[int, dict], *, timeout: float, full: bool = False) -> str:
     """The report as text. `reports` by rank as `Watch` makes them, `timeout` in seconds; `full` adds the stacks of all threads."""
+    reports = settle(reports)
     guilty = absent(reports)
     parts = [headline(reports, guilty, timeout=timeout), table(reports), *_stacks(reports, guilty)]
     if full:

@@ -17,34 +17,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmtrain.compat import limit_collectives
-from llmtrain.config.run import RunConfig
 from llmtrain.parallel.cores import machine
 from llmtrain.parallel.hang import report as words
 from llmtrain.parallel.hang.board import VARIABLE, Board, write_atomic
 from llmtrain.parallel.hang.inside import Inside, all_stacks, failed_in_collective, frames_of
 from llmtrain.parallel.hang.machines import Far
-from llmtrain.parallel.hang.record import Field
+from llmtrain.parallel.hang.record import DEVICE, Field
+from llmtrain.parallel.hang.settle import begun_by
 from llmtrain.parallel.hang.where import HERE, set_labels
 from llmtrain.parallel.mesh import MARGIN, Mesh
 
 GUARD = 3  # exit code
 TICK = 0.5  # seconds between looks
+NOTICE = 2.0  # seconds without progress after which the main thread's frames are looked at
 ANSWER = 1.5  # seconds that the ranks of a machine get to say where they are
 FOLLOW = 6.0  # seconds that they wait for the report
 
 
 @contextmanager
-def watching(cfg: RunConfig, *, mesh: Mesh, folder: Path) -> Iterator[None]:
-    """Watch this rank while the block runs; all ranks enter together. The report goes to stderr of rank 0 and to `folder`/log/hang.txt.
+def watching(mesh: Mesh, *, timeout: float, path: Path | None, report: bool = True) -> Iterator[None]:
+    """Watch this rank while the block runs; all ranks enter together. The report goes to stderr of rank 0 and, with all stacks, to `path`.
 
-    A collective that fails in the block, as when another rank is gone, ends the process with the same report. Without guards.hang_report
-    the back end's own error, MARGIN seconds after parallel.timeout, is all there is.
+    A collective that fails in the block, as when another rank is gone, ends the process with the same report. Without `report` the back
+    end's own error, MARGIN seconds after `timeout`, is all there is.
     """
-    limit_collectives(cfg.parallel.timeout + MARGIN)
-    if mesh.world == 1 or not cfg.guards.hang_report:
+    limit_collectives(timeout + MARGIN)
+    if mesh.world == 1 or not report:
         yield
         return
-    watch = Watch(mesh, timeout=cfg.parallel.timeout, path=folder / "log" / "hang.txt")
+    watch = Watch(mesh, timeout=timeout, path=path)
     try:
         yield
     except BaseException as error:
@@ -56,9 +57,9 @@ def watching(cfg: RunConfig, *, mesh: Mesh, folder: Path) -> Iterator[None]:
 
 
 class Watch:
-    """The watcher of one rank; `timeout` in seconds, `path` of the report."""
+    """The watcher of one rank; `timeout` in seconds, `path` of the report with all stacks, None for no file."""
 
-    def __init__(self, mesh: Mesh, *, timeout: float, path: Path):
+    def __init__(self, mesh: Mesh, *, timeout: float, path: Path | None):
         self.rank, self.world, self.timeout, self.path = mesh.rank, mesh.world, timeout, path
         self.inside = Inside(mesh)
         set_labels({name: axis for name, (axis, _) in self.inside.groups.items()})
@@ -93,6 +94,8 @@ class Watch:
             if HERE.slots[Field.MARKS] != marks:
                 marks, since = HERE.slots[Field.MARKS], time.monotonic()
             quiet = time.monotonic() - since
+            if quiet >= min(NOTICE, self.timeout / 8):
+                self.inside.notice()
             # Only a rank that makes no progress asks further.
             stuck = quiet >= self.timeout / 2 and (self._waited(quiet) >= self.timeout or self.far.called())
             if stuck or self.board.called():
@@ -124,6 +127,8 @@ class Watch:
     def _mine(self, error: BaseException | None) -> dict:
         found = self.inside.collective() if error is None else self.inside.failed(error)
         report = {**self._here(), **(found or {}), "state": words.WAITS if found else words.RUNS, "stack": all_stacks()}
+        if report["op"] == DEVICE:
+            report |= {"begun": begun_by(HERE), "groups": self.inside.axes()}
         report["frames"], report["at"] = self.inside.frames() if error is None else frames_of(error)
         if error is not None:
             report |= {"state": words.FAILED, "error": _first_sentence(error)}
@@ -141,7 +146,7 @@ class Watch:
         reports |= {rank: {"rank": rank, "state": words.SILENT} for rank in range(self.world) if rank not in reports}
         text = words.render(reports, timeout=self.timeout)
         leading = 0 in self.mates or reports[0]["state"] == words.SILENT
-        if leading:
+        if leading and self.path is not None:
             self._write(words.render(reports, timeout=self.timeout, full=True))
         self.board.finish(text, ending=silent)
         console_answers = 0 in self.mates and mine[0]["state"] in words.ANSWERED  # else the launcher shows it, or this rank
@@ -173,7 +178,8 @@ class Watch:
             os.write(2, f"hang: the report cannot be written: {error}\n".encode())
 
     def _show(self, text: str) -> None:
-        os.write(2, f"\n{text}\nstacks of all threads: {self.path}\n".encode())
+        file = "" if self.path is None else f"\nstacks of all threads: {self.path}\n"
+        os.write(2, f"\n{text}{file}".encode())
 
     def _kill(self, rank: int) -> None:
         """End a rank of this machine that cannot end itself."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.compat import load_symmetric_memory
+from llmtrain.parallel.hang.where import count
 from llmtrain.parallel.ops.pending import Pending, start_gather, start_scatter_sum
 from llmtrain.parallel.ops.pieces import Pieces
 
@@ -113,6 +114,7 @@ class SymmetricMemory(Chunked):
     def gather_mm(self, rows: Tensor, matrices: Sequence[Tensor], *, keep: bool = False) -> Products:
         """As in Chunked."""
         name = self.group.group_name
+        count("all_gather", self.group)
         gathered, products = torch.ops.symm_mem.fused_all_gather_matmul(rows.contiguous(), list(matrices), 0, name, return_A=keep)
         return products, gathered
 
@@ -121,4 +123,5 @@ class SymmetricMemory(Chunked):
         (rows, matrix), several = pairs[0], len(pairs) > 1
         if several:
             rows, matrix = torch.cat([rows for rows, _ in pairs], 1), torch.cat([matrix for _, matrix in pairs])
+        count("reduce_scatter", self.group)
         return Pending(torch.ops.symm_mem.fused_matmul_reduce_scatter(rows, matrix, "sum", 0, self.group.group_name))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmtrain.compat import hccl_name
 from llmtrain.ops.npu import gateway
+from llmtrain.parallel.hang.where import count
 from llmtrain.parallel.ops.implementations import Chunked, Demand, Products
 from llmtrain.parallel.ops.npu_limits import refuse_pairs
 from llmtrain.parallel.ops.pending import Pending
@@ -39,6 +40,7 @@ class MC2(Chunked):
         """As in Chunked. The widest product hides the gathering, the others take the gathered rows: joining matrices would copy them."""
         widest = max(range(len(matrices)), key=lambda index: matrices[index].shape[1])
         several = len(matrices) > 1
+        count("all_gather", self.group)
         # The operator takes no transposed rows, but transposed matrices.
         product, gathered = gateway.fused("npu_all_gather_base_mm")(
             rows.contiguous(), matrices[widest], hccl_name(self.group), self.group.size(), gather_index=0, gather_output=keep or several
@@ -51,6 +53,7 @@ class MC2(Chunked):
         (rows, matrix), several = pairs[0], len(pairs) > 1
         if several:
             rows, matrix = torch.cat([rows for rows, _ in pairs], 1), torch.cat([matrix for _, matrix in pairs])
+        count("reduce_scatter", self.group)
         name, ranks = hccl_name(self.group), self.group.size()
         return Pending(gateway.fused("npu_mm_reduce_scatter_base")(rows.contiguous(), matrix, name, ranks, reduce_op="sum"))
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from llmtrain.compat import hccl_name
 from llmtrain.ops.npu import gateway
 from llmtrain.ops.npu.experts import BY_SUM, grouped_product
+from llmtrain.parallel.hang.where import count, device_wait, recorded
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class Exchange:
     def of(cls, counts: Tensor, group: dist.ProcessGroup, grouped_mm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> "Exchange":
         """From this rank's rows for each of all experts [E]; the ranks tell each other, and the host waits for it."""
         received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=group)
-        sent, arriving = torch.stack((counts, received)).tolist()
+        with recorded("all_to_all", group):
+            dist.all_to_all_single(received, counts, group=group)
+        with device_wait():
+            sent, arriving = torch.stack((counts, received)).tolist()
         return cls(group, sent, arriving, received.view(group.size(), -1).sum(0), grouped_mm)
 
     def send_and_multiply(self, rows: Tensor, weight: Tensor, *, transposed: bool, keep: bool) -> tuple[Tensor, Tensor | None]:
         """rows [n,D], weight [e,D,F], or [e,F,D] if `transposed` -> [M,F], and the rows as they arrived [M,D] if `keep`."""
+        count("all_to_all", self.group)
         product, _, arrived = gateway.fused("npu_alltoallv_gmm")(
             rows.contiguous(),
             weight.contiguous(),
@@ -57,6 +61,7 @@ class Exchange:
 
     def multiply_and_return(self, rows: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
         """rows [M,F], weight [e,F,D], or [e,D,F] if `transposed` -> [n,D] in the order in which this rank sent its rows."""
+        count("all_to_all", self.group)
         product, _ = gateway.fused("npu_gmm_alltoallv")(
             rows.contiguous(),
             weight.contiguous(),

@@ -54,7 +54,7 @@ def read_side(source: Path, overrides: list[str], words: str, *, step: int | Non
     Raises:
         UserError: ConfigError for a wrong option, and what the data or the step do not allow.
     """
-    given = [*overrides, *_options(words)]
+    given = [*overrides, *as_options(words)]
     at = 0
     if source.is_dir():
         given, at = _with_checkpoint(source, given)
@@ -160,7 +160,7 @@ def _models(engine: Engine) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else []
 
 
-def _options(words: str) -> list[str]:
+def as_options(words: str) -> list[str]:
     """The words of one side as overrides; the dashes before `section.key=value` may be left out."""
     found: list[str] = []
     for word in shlex.split(words):

@@ -19,30 +19,51 @@ WITHIN, PARTED = 0, 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; returns 0 if the sides are within their bounds everywhere and 1 if they part (or after a user error)."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    options, overrides = parse(list(sys.argv[1:] if argv is None else argv))
+    return options.act(options, overrides)
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The words after `compare`: options, among them `act(options, overrides)` that does the work, and overrides of the configuration."""
     if words[:1] == ["record"]:
-        return _record(words[1:])
+        return _recording().parse_known_args(words[1:])
     files = [word for word in words if not word.startswith("-") and word.endswith(".safetensors")]
-    return _compare_files(words) if files else _compare_here(words)
+    return (_files().parse_args(words), []) if files else _here().parse_known_args(words)
 
 
-def _compare_files(words: list[str]) -> int:
+def _files() -> argparse.ArgumentParser:
     parser = _parser()
     parser.add_argument("files", nargs=2, type=Path, metavar="SIDE.safetensors", help="what `llmtrain compare record` wrote")
     _add_output(parser)
-    options = parser.parse_args(words)
-    from llmtrain.tools.compare.trace import load_trace
-
-    return _show(*(load_trace(path) for path in options.files), options)
+    parser.set_defaults(act=_compare_files)
+    return parser
 
 
-def _compare_here(words: list[str]) -> int:
+def _here() -> argparse.ArgumentParser:
     parser = _parser()
     parser.add_argument("--a", default="", metavar="WORDS", help="overrides that make side A (none: as the file says)")
     parser.add_argument("--b", default="", metavar="WORDS", help="overrides that make side B")
     _add_step(parser)
     _add_output(parser)
-    options, overrides = parser.parse_known_args(words)
+    parser.set_defaults(act=_compare_here)
+    return parser
+
+
+def _recording() -> argparse.ArgumentParser:
+    parser = _parser(" record")
+    parser.add_argument("--out", type=Path, required=True, metavar="SIDE.safetensors", help="file to write")
+    _add_step(parser)
+    parser.set_defaults(act=_record)
+    return parser
+
+
+def _compare_files(options: argparse.Namespace, _: list[str]) -> int:
+    from llmtrain.tools.compare.trace import load_trace
+
+    return _show(*(load_trace(path) for path in options.files), options)
+
+
+def _compare_here(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.a.split() == options.b.split():
         raise UserError('A and B are the same: give --a and --b, such as --a "device=cpu" --b "device=npu"')
     from llmtrain.tools.compare.side import read_side
@@ -52,11 +73,7 @@ def _compare_here(words: list[str]) -> int:
     return _show(*_run(sides, options), options)
 
 
-def _record(words: list[str]) -> int:
-    parser = _parser(" record")
-    parser.add_argument("--out", type=Path, required=True, metavar="SIDE.safetensors", help="file to write")
-    _add_step(parser)
-    options, overrides = parser.parse_known_args(words)
+def _record(options: argparse.Namespace, overrides: list[str]) -> int:
     from llmtrain.tools.compare.side import read_side
 
     side = read_side(options.config, [], shlex.join(overrides), step=options.step, rows=options.rows)

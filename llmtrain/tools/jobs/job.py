@@ -45,7 +45,7 @@ class Job:
     @property
     def shape(self) -> MeshShape:
         """The mesh that the ranks form."""
-        return MeshShape.from_config(self.cfg.parallel, world=self.ranks)
+        return MeshShape.from_config(self.cfg.parallel, world=self.ranks, local=self.per_node)
 
     @property
     def logs(self) -> str:

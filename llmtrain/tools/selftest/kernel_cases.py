@@ -142,13 +142,18 @@ def _part_backward(g: torch.Generator) -> list[Case]:
 
 def _decode(g: torch.Generator) -> list[Case]:
     found = []
-    for name, lengths, window in (("lengths 9, 40, 33", (9, 40, 33), None), ("window 8", (40, 12, 40), 8)):
-        tensors = {"q": _normal(g, 3, 4, 1, 64), "k": _normal(g, 3, 2, 40, 64), "v": _normal(g, 3, 2, 40, 64)}
+    scenarios = (
+        ("lengths 9, 40, 33", (9, 40, 33), None, 64),
+        ("window 8", (40, 12, 40), 8, 64),
+        ("values of 48", (9, 40, 33), None, 48),
+    )
+    for name, lengths, window, width in scenarios:
+        tensors = {"q": _normal(g, 3, 4, 1, 64), "k": _normal(g, 3, 2, 40, 64), "v": _normal(g, 3, 2, 40, width)}
 
         def call(f: Callable, t: Tensors, lengths=lengths, window=window) -> dict[str, Tensor]:
             return {"out": f(t["q"], t["k"], t["v"], lengths=KeyLengths(lengths), window=window)}
 
-        facts = {"head_dim": 64, "value_head_dim": 64, "heads": 4, "kv_heads": 2, "window": window, "backward": False}
+        facts = {"head_dim": 64, "value_head_dim": width, "heads": 4, "kv_heads": 2, "window": window, "backward": False}
         found.append(Case(name, tensors, call, facts))
     return found
 

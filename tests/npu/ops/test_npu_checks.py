@@ -18,6 +18,7 @@ import schemas  # noqa: E402
 import torch  # noqa: E402
 from cases import BY_NAME, CASES, WRAPPERS  # noqa: E402
 from mutations import MUTATIONS  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from llmtrain.ops import Call, choose, implementations, op_names  # noqa: E402
 from llmtrain.ops.npu import attention  # noqa: E402
@@ -28,7 +29,8 @@ COLUMNS = ("schema", "fake", "host", "numerics", "gradients")
 
 
 def cells(column, cases=CASES):
-    return [pytest.param(c, id=c.name, marks=pytest.mark.npu_check(c.wrapper, column)) for c in cases]
+    """The cases, each with the cells of the table that it fills."""
+    return [pytest.param(c, id=c.name, marks=[pytest.mark.npu_check(name, column) for name in (c.wrapper, *c.also)]) for c in cases]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +46,7 @@ def host():
 
 @pytest.mark.parametrize("case", cells("schema"))
 def test_calls_fit_the_schemas(case):
-    """Of the torch_npu here and of the other versions; where one has no such operator, the probe keeps the wrapper away."""
+    """Of the torch_npu here and of the other versions."""
     assert schemas.problems(checks.recorded(case)) == []
 
 
@@ -71,13 +73,6 @@ def test_gradients_are_those_of_the_formula(case):
         checks.gradients(case, dtype)
 
 
-@pytest.mark.parametrize("case", cells("gradients", [case for case in CASES if case.wrapper.startswith("attention_part")]))
-def test_parts_have_no_graph(case):
-    """They are called without autograd; attention_part_backward is the gradient of attention_part, and its own numerics judge it."""
-    tensors = checks.on_device(case, checks.make(case), torch.float32, "npu")
-    assert not any(x.requires_grad for x in checks.tuple_of(case.call(**tensors)))
-
-
 @pytest.fixture(scope="module")
 def caught():
     """Name of a mistake -> (wrapper, columns that noticed it), as the tests find out."""
@@ -86,8 +81,8 @@ def caught():
 
 def catches(mutation, host) -> list[str]:
     """The columns that notice."""
-    case, found = BY_NAME[mutation.case], []
-    seen = []
+    case, found, seen = BY_NAME[mutation.case], [], []
+    graph = BY_NAME[case.graph] if case.graph else case
 
     def note(name, operator):
         def call(*args, **kwargs):
@@ -97,11 +92,11 @@ def catches(mutation, host) -> list[str]:
         return mutation.change(name, call)
 
     for column, check in (("fake", checks.fake), ("numerics", checks.numerics), ("gradients", checks.gradients)):
-        if column == "gradients" and not case.gradients:
+        if column == "gradients" and not graph.gradients:
             continue
         with checks.between(note):
             try:
-                check(case, torch.float32)
+                check(graph if column == "gradients" else case, torch.float32)
             except Exception:  # whatever goes wrong is noticed
                 found.append(column)
     if any(schemas.problem(call, schemas.loaded()) for call in seen):
@@ -138,21 +133,41 @@ def test_more_documents_than_a_call_takes(monkeypatch):
     checks.numerics(BY_NAME["attention-documents-lse"], torch.float32)
 
 
+@pytest.mark.npu_check("adamw", "host")
 def test_the_fused_optimizer_is_a_kernel_of_the_npu(host):
-    """Without one, torch.optim.AdamW(fused=True) would run on the CPU. The step itself against the formula."""
+    """Without one, torch.optim.AdamW(fused=True) would run on the CPU."""
     assert host["adamw"] == "" and host["adamw kernel"]
-    torch.manual_seed(0)
-    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}
-    start, grads = torch.randn(4, 3, dtype=torch.float64), [torch.randn(4, 3, dtype=torch.float64) for _ in range(3)]
-    weight = torch.nn.Parameter(start.float().npu())
+
+
+def fused_adamw(weight, grads: list, **options) -> str:
+    """Steps of what `auto` takes on an NPU, whose name is returned."""
     choice = choose("adamw", Call(device="npu", dtype=torch.bfloat16, parameter_dtype=torch.float32))
     optimizer = choice.function([{"params": [weight], "weight_decay": 0.1}], **options)
     for grad in grads:
-        weight.grad = grad.float().npu()
+        weight.grad = grad.float().to(weight.device)
         optimizer.step()
-    exact = formulas.adamw(start.float().double(), [grad.float().double() for grad in grads], decay=0.1, **options)
+    return choice.name
+
+
+ADAMW = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}
+
+
+@pytest.mark.npu_check("adamw", "numerics")
+def test_steps_of_the_optimizer_are_the_formula():
+    torch.manual_seed(0)
+    start, grads = torch.randn(4, 3, dtype=torch.float64), [torch.randn(4, 3, dtype=torch.float64) for _ in range(3)]
+    weight = torch.nn.Parameter(start.float().npu())
+    assert fused_adamw(weight, grads, **ADAMW) == "fused"
+    exact = formulas.adamw(start.float().double(), [grad.float().double() for grad in grads], decay=0.1, **ADAMW)
     checks.compare("adamw", weight, exact, 2e-6)
-    assert choice.name == "fused"
+
+
+@pytest.mark.npu_check("adamw", "fake")
+def test_the_optimizer_steps_fake_tensors():
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(4, 3, device="npu"))
+        assert fused_adamw(weight, [torch.empty(4, 3)], **ADAMW) == "fused"
+        assert weight.shape == (4, 3) and weight.device.type == "npu"
 
 
 @pytest.mark.parametrize("op", [op for op in op_names() if NAME in [entry.name for entry in implementations(op)]])

@@ -1,10 +1,13 @@
 """Products joined with collectives in a world of NPUs, against formulas in float64 over all ranks' data, which each draws alike."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from checks import between
+from collective_faults import BY_NAME
 from sameness import replaced
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -12,15 +15,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from llmtrain.device import select
 from llmtrain.model.experts import Experts
 from llmtrain.ops import Call, resolve
-from llmtrain.ops.npu import gateway
 from llmtrain.parallel import ops
 from llmtrain.parallel.ep_fused import FusedExperts
 from llmtrain.parallel.ops import npu_experts, npu_limits
 
-FUSED, OF = gateway.fused, npu_experts.Exchange.of
+OF = npu_experts.Exchange.of
 WIDTHS = (12, 16, 10)
 """Of products from 16: the second is square, so that no shape tells whether it is transposed."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def in_world(cases: dict[str, dict]) -> dict[str, dict]:
@@ -182,46 +184,12 @@ def fused_experts(
 
 
 def faulty(group, device, *, fault: str, of: str, **case) -> dict[str, float]:
-    """A check with a fault in the package: the difference it makes, or 9 where an operator refuses the call."""
+    """A check with a fault in the package: the differences it makes, or `refused` where an operator refuses the call."""
     try:
-        with FAULTS[fault]():
-            found = globals()[of](group, device, **case)
+        with between(BY_NAME[fault].change) if fault in BY_NAME else OTHERS[fault]():
+            return globals()[of](group, device, **case)
     except (ValueError, RuntimeError, AssertionError):
-        return {"worst": 9.0}
-    return {"worst": max(found.values())}
-
-
-def _change(names: tuple[str, ...], how):
-    """The operators `names` get their arguments (a list, and those by name) changed by `how`."""
-
-    def fused(name):
-        def call(*args, **options):
-            args, options = how(list(args), options) if name in names else (args, options)
-            return FUSED(name)(*args, **options)
-
-        return call
-
-    return lambda: replaced(gateway, "fused", fused)
-
-
-def _swap_counts(args, options):
-    args[4], args[5] = args[5], args[4]
-    return args, options
-
-
-def _ranks(args, options):
-    args[3] = 2 * args[3]
-    return args, options
-
-
-def _untransposed(args, options):
-    return args, options | {"trans_gmm_weight": not options["trans_gmm_weight"]}
-
-
-def _square(args, options):
-    """A matrix of as many rows as columns transposed, which no shape tells."""
-    args[1] = args[1].t() if args[1].shape[0] == args[1].shape[1] else args[1]
-    return args, options
+        return {"refused": 9.0}
 
 
 def _by_expert(counts, group, grouped_mm):
@@ -230,16 +198,5 @@ def _by_expert(counts, group, grouped_mm):
     return replace(right, arriving=torch.tensor(right.arriving).view(group.size(), -1).t().flatten().tolist())
 
 
-PAIRS, EXCHANGE = ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base"), ("npu_alltoallv_gmm", "npu_gmm_alltoallv")
-FAULTS = {
-    "no fault": _change((), None),
-    "swapped counts, there": _change(EXCHANGE[:1], _swap_counts),
-    "swapped counts, back": _change(EXCHANGE[1:], _swap_counts),
-    "wrong world size of a pair": _change(PAIRS, _ranks),
-    "wrong world size of an exchange": _change(EXCHANGE, _ranks),
-    "wrong gather index": _change(PAIRS[:1], lambda args, options: (args, options | {"gather_index": 1})),
-    "mean for sum": _change(PAIRS[1:], lambda args, options: (args, options | {"reduce_op": "mean"})),
-    "transposed weights of experts": _change(EXCHANGE, _untransposed),
-    "transposed weight of a pair": _change(PAIRS, _square),
-    "counts by expert first": lambda: replaced(npu_experts.Exchange, "of", _by_expert),
-}
+OTHERS = {"no fault": nullcontext, "counts by expert first": lambda: replaced(npu_experts.Exchange, "of", _by_expert)}
+"""Faults, or none, that are not in an operator's arguments."""

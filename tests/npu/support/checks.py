@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import ERRORS, Case, Inputs
+from case import ERRORS, Case, Inputs
 from torch import Tensor
 
 from llmtrain.ops.npu import gateway

@@ -19,6 +19,8 @@ RANKS, SENT, ARRIVING = 2, [3, 0, 2, 1], [3, 0, 4, 2]  # rows by rank and expert
 class Group:
     """What the calls ask of a process group; collectives of its own it has none."""
 
+    group_name = group_desc = "group of two"
+
     def size(self) -> int:
         return RANKS
 

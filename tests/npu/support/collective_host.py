@@ -10,13 +10,9 @@ stand_in.start(kernels=False)
 import torch  # noqa: E402
 from checks import between  # noqa: E402
 from collective_cases import CASES  # noqa: E402
+from collective_faults import FAULTS  # noqa: E402
 
 from llmtrain.compat import fake_world  # noqa: E402
-
-FAULTS = {
-    "rows of three dims": lambda args, options: ([args[0][None], *args[1:]], options),
-    "matrices of too few dims": lambda args, options: ([args[0], args[1][0], *args[2:]], options),
-}
 
 
 def refusal(case) -> str:
@@ -28,14 +24,14 @@ def refusal(case) -> str:
     return ""
 
 
-def faulty(case, fault) -> str:
-    with between(lambda name, operator: lambda *args, **options: (lambda a, o: operator(*a, **o))(*fault(list(args), options))):
-        return refusal(case)
+def faulty(fault) -> str:
+    """The first refusal of a call of the operators that have the fault."""
+    with between(fault.change):
+        return next(filter(None, (refusal(case) for case in CASES if case.wrapper in fault.wrappers)), "")
 
 
 torch.set_num_threads(1)
-first = {case.wrapper: case for case in reversed(CASES)}
 with fake_world(0, 2):
     found = {case.name: refusal(case) for case in CASES}
-    found |= {f"{case.wrapper}: {name}": faulty(case, fault) for case in first.values() for name, fault in FAULTS.items()}
+    found |= {fault.name: faulty(fault) for fault in FAULTS}
 json.dump(found, sys.stdout)

@@ -4,6 +4,7 @@ Only ops for which torch_npu itself has a kernel are replaced; the rest goes whe
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -205,8 +206,12 @@ def _one_hot(ids: Tensor, classes: int = -1) -> Tensor:
 _library: list[torch.library.Library] = []
 
 
-def install() -> int:
-    """Replace aten's NPU kernels in this process; returns how many."""
+COUNTED = ("aten::_fused_adamw_",)
+"""Ops that a run has to call to be called fused, though they are aten's."""
+
+
+def install(calls: Counter[str]) -> int:
+    """Replace aten's NPU kernels in this process; returns how many. Calls of COUNTED are counted in `calls`."""
     library = torch.library.Library("aten", "IMPL")
     _library.append(library)
     count = 0
@@ -214,12 +219,21 @@ def install() -> int:
         warnings.simplefilter("ignore")  # every one says that it replaces a kernel
         for schema in torch._C._jit_get_all_schemas():
             if _replaced(schema):
-                library.impl(full_name(schema).removeprefix("aten::"), _kernel(schema), "PrivateUse1", allow_override=True)
+                kernel = _counted(schema.name, _kernel(schema), calls) if schema.name in COUNTED else _kernel(schema)
+                library.impl(full_name(schema).removeprefix("aten::"), kernel, "PrivateUse1", allow_override=True)
                 count += 1
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
             library.impl("scaled_dot_product_attention", _attention, key, allow_override=True)
             library.impl("one_hot", _one_hot, key, allow_override=True)
     return count
+
+
+def _counted(name: str, kernel: Callable, calls: Counter[str]) -> Callable:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return kernel(*args, **kwargs)
+
+    return counted
 
 
 def _replaced(schema: Any) -> bool:

@@ -21,7 +21,7 @@ REFERENCES = ("npu_references", "npu_collective_references")
 BOOKKEEPING = tuple(f"npu::{name}" for name in ("get_", "empty_with", "unsafe_empty_with", "npu_format_cast", "npu_change_data_ptr"))
 """Ops on formats and storages: torch_npu's own."""
 calls: Counter[str] = Counter()
-"""How often each `npu::` op was called in this process."""
+"""How often each `npu::` op was called in this process, without that prefix, and those of aten that are counted, with theirs."""
 _libraries: list = []
 _started: list[tuple[bool, bool]] = []
 
@@ -62,7 +62,7 @@ def bring_up(*, kernels: bool, hccl: bool) -> None:
     if kernels:
         import npu_kernels
 
-        npu_kernels.install()
+        npu_kernels.install(calls)
         _install_references()
     if hccl:
         import hccl_over_gloo

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from documented import understand
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "first-day-on-hardware.md"
@@ -30,8 +31,31 @@ def test_rows_are_ordered_by_risk():
         assert all(row.count(" | ") == 4 for row in section.splitlines() if re.match(r"\| (high|medium|low)", row))
 
 
-def test_every_command_is_understood():
+def spans() -> list[str]:
+    """What stands between backquotes outside of links, in order, each once."""
+    return list(dict.fromkeys(re.findall(r"`([^`\n]+)`", PAGE.read_text())))
+
+
+COMMANDS = [span for span in spans() if re.match(r"(?:srun )?llmtrain [a-z]+ .", span)]
+OPTIONS = [span for span in spans() if span.startswith("--") and span not in ("--cpu-bind=none", "--ranks 8")]
+"""Of a run: one of srun and one of selftest left out."""
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 7 and len(OPTIONS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command):
+    understand(command.replace("...", "-c configs/quickstart.yaml --device npu"))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_a_run_are_understood(options):
+    understand(f"llmtrain train -c configs/quickstart.yaml {options}")
+
+
+def test_every_verb_exists():
     from llmtrain.cli import VERBS
 
-    commands = re.findall(r"`(?:srun )?llmtrain ([a-z]+)", PAGE.read_text())
-    assert len(commands) >= 8 and set(commands) <= set(VERBS)
+    assert set(re.findall(r"`(?:srun )?llmtrain ([a-z]+)", PAGE.read_text())) <= set(VERBS)

@@ -1,0 +1,87 @@
+"""The launcher's side: ranks of one world, each in its namespace, asked one thing at a time."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from network import Network
+
+HERE = Path(__file__).resolve().parent
+PORT = 29500
+"""Where ranks meet, in namespaces that have no other use."""
+
+
+class RankError(RuntimeError):
+    """A rank could not do what it was asked; the message has what it last printed."""
+
+
+class Ranks:
+    """A context: `count` processes of worker.py, in the namespaces of `network`, or on loopback without one."""
+
+    def __init__(self, count: int, network: Network | None):
+        self.count, self.network, self.port = count, network, PORT if network else free_port()
+        self.logs = tempfile.TemporaryDirectory(prefix="bigmac-")
+        self.processes: list[subprocess.Popen] = []
+
+    def __enter__(self) -> "Ranks":
+        try:
+            self.processes += [self._start(rank) for rank in range(self.count)]
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+        self.logs.cleanup()
+
+    def ask(self, do: str, **request) -> list:
+        """The answers by rank. Raises RankError if a rank failed or died."""
+        for process in self.processes:
+            process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            process.stdin.flush()
+        answers = []
+        for rank, process in enumerate(self.processes):
+            line = process.stdout.readline()
+            answer = json.loads(line) if line else {"error": f"the process ended with {process.wait()}"}
+            if isinstance(answer, dict) and "error" in answer:
+                printed = self._log(rank).read_text().splitlines()[-15:]
+                raise RankError("\n".join([f"rank {rank}: {answer['error']}", *printed]))
+            answers.append(answer)
+        return answers
+
+    def _start(self, rank: int) -> subprocess.Popen:
+        there = {"MASTER_ADDR": "127.0.0.1"}
+        if self.network is not None:
+            there = {"MASTER_ADDR": self.network.address(0), "GLOO_SOCKET_IFNAME": "eth0"}
+        there |= {"MASTER_PORT": str(self.port), "WORLD_SIZE": str(self.count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+        with self._log(rank).open("w") as log:
+            return subprocess.Popen(
+                [*(self.network.command(rank) if self.network else []), sys.executable, str(HERE / "worker.py")],
+                env=os.environ | there | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the launcher, which ends the ranks
+            )
+
+    def _log(self, rank: int) -> Path:
+        return Path(self.logs.name) / f"rank-{rank}.txt"
+
+
+def free_port() -> int:
+    """On loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
