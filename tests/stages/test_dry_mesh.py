@@ -186,7 +186,10 @@ def test_one_rank_has_no_mesh_to_speak_of(dry):
         (("--parallel.tp", "3"), r"parallel\.tp 3 does not divide model\.attention\.heads 4"),
         (("--parallel.dp_shard", "3"), r"16 sequences does not split over 3 data-parallel ranks"),
         (("--parallel.pp", "5"), r"model\.layers 6 is too few for 10 stages"),
-        (("--model.ffn.kind", "moe", "--model.ffn.balance.sequences", "4"), r"groups of 4 sequences reach over 2 micro-batches.*at most 2"),
+        (
+            ("--model.ffn.kind", "moe", "--model.ffn.balance.sequences", "4"),
+            r"balance\.sequences 4 is 2 times the 2 sequences that are computed at once",
+        ),
         (("--model.ffn.kind", "moe", "--model.ffn.balance.sequences", "3"), r"balance\.sequences 3 does not divide the 16 sequences"),
     ],
 )
