@@ -34,26 +34,25 @@ class ExpertUsage:
 
     def __init__(self, parts: dict[int, nn.Module], model: ModelConfig, mesh: Mesh):
         self.ffn, self.mesh = model.ffn, mesh
-        self._adds = model.ffn.balance is not None or model.ffn.router.z_loss > 0
+        self.adds = model.ffn.balance is not None or model.ffn.router.z_loss > 0
+        """Whether there is a loss."""
         self.layers = model.expert_layers + model.mtp.heads
-        self.routers: dict[int, nn.Module] = {}
         self.modules: dict[int, tuple[str, MoE]] = {}
         """The layers of this rank, and their names, by number."""
         self._seen: Seen | None = None
         self._numbers: dict[int, list[int]] = {}
         for stage, part in parts.items():
-            found = {_number(name, model): layer for name, layer in part.named_modules() if isinstance(layer, MoE)}
+            found = {_number(name, model): (name, layer) for name, layer in part.named_modules() if isinstance(layer, MoE)}
             self._numbers[stage] = list(found)
-            self.routers |= {number: layer.router for number, layer in found.items()}
-            self.modules |= {_number(name, model): (name, layer) for name, layer in part.named_modules() if isinstance(layer, MoE)}
-            for layer in found.values():
+            self.modules |= found
+            for _, layer in found.values():
                 layer.observe = self._observe
         self.totals: Tensor | None = None
         """[L,E+1] int64 of the last step, the same on every rank: choices of each expert, and how many were dropped."""
         self._sums = self._balance_sum = None
 
     def _observe(self, usage: Callable[..., Usage]) -> None:
-        losses = self._adds and torch.is_grad_enabled()
+        losses = self.adds and torch.is_grad_enabled()
         watched = self._seen is not None and get_ident() == self._thread  # a backward pass in another thread recomputes
         if not watched and not losses:
             return
@@ -149,12 +148,14 @@ class ExpertUsage:
             return
         counts = self.totals[:, :-1]
         missing = counts.sum(1, keepdim=True) - self.ffn.experts * counts  # whole numbers, so that no rank rounds another way
-        for number, router in self.routers.items():
-            router.bias.add_(missing[number].sign(), alpha=rate)
+        for number, (_, layer) in self.modules.items():
+            layer.router.bias.add_(missing[number].sign(), alpha=rate)
 
     def biases(self) -> dict[int, float]:
         """Norm of the bias of this rank's layers, by number; {} without biases."""
-        return {number: float(router.bias.norm()) for number, router in self.routers.items() if router.bias is not None}
+        if self.ffn.router.bias_rate is None:
+            return {}
+        return {number: float(layer.router.bias.norm()) for number, (_, layer) in self.modules.items()}
 
     def metrics(self) -> dict[str, Any]:
         """Of the last step by layer, from block `first_layer` on: `load`, the fullest expert's tokens over the mean; `entropy` of the

@@ -109,8 +109,7 @@ class NativeEngine:
         layers = usage.metrics() | ({"bias": sums[1:]} if len(sums) > 1 else {})
         if self.placement is not None:
             layers |= self.placement.metrics()
-        losses = self.cfg.model.ffn.balance is not None or self.cfg.model.ffn.router.z_loss > 0
-        return ({"balance_loss": sums[0]} if losses else {}) | {"experts": layers}
+        return ({"balance_loss": sums[0]} if usage.adds else {}) | {"experts": layers}
 
     def _prepared(self, batches: Sequence[Batch], *, heads: int = 0) -> list[MicroBatch]:
         whole = {"device": self.device, "cp": self.stages.cp, "multiple": self.mesh.shape.tp, "heads": heads}

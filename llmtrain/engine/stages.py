@@ -75,7 +75,6 @@ class Stages:
         compiled: bool,
     ):
         self.parts, self.mesh, self.cp, self.plan, self.compiled = parts, mesh, cp, plan, compiled
-        self.balance = cfg.model.ffn.balance if cfg.model.ffn.kind == "moe" else None
         self.parameters: dict[str, nn.Parameter] = {}
         self.copies: dict[str, nn.Parameter] = {}
         self.partial: list[str] = []
@@ -144,7 +143,8 @@ class Stages:
     def _groups(self, micros: Sequence[MicroBatch]) -> Groups:
         rows, length = micros[0].tokens.shape
         shape = self.mesh.shape
-        return Groups.of_step(self.balance, batch=len(micros) * rows * shape.dp, rows=rows, seq_len=length * shape.cp, ranks=shape.dp)
+        sizes = {"batch": len(micros) * rows * shape.dp, "rows": rows, "seq_len": length * shape.cp, "ranks": shape.dp}
+        return Groups.of_step(self.usage.ffn.balance, **sizes)
 
     def _train_window(self, micros: Sequence[MicroBatch], window: range, objective: Callable, scale: float) -> list[Tensor]:
         """Forward passes of the micro-batches `window`, which share what balances experts, then their backward passes."""

@@ -14,11 +14,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import UserError
-from llmtrain.model.experts import Dispatched, Experts, Meanwhile, RoutedExperts, sort_rows, unsort_rows
+from llmtrain.model.experts import Experts, Meanwhile, RoutedExperts, sort_rows, unsort_rows
 from llmtrain.model.moe import MoE
 from llmtrain.parallel.ep_fused import FusedExperts
 from llmtrain.parallel.ep_nodes import HierarchicalDispatcher
-from llmtrain.parallel.ep_rows import Leaving, Shares
+from llmtrain.parallel.ep_rows import Leaving, Shares, ThroughShares
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.mesh import NodeGroups
 from llmtrain.parallel.ops.pending import start_gather
@@ -34,15 +34,8 @@ class Sent(NamedTuple):
     probs: Tensor
 
 
-class Return(NamedTuple):
-    """What `wait` leaves for `combine_start`."""
-
-    sent: Sent
-    back: Tensor
-
-
 @dataclass
-class AllToAllDispatcher:
+class AllToAllDispatcher(ThroughShares):
     """Experts shared out over the ranks of `group` in equal runs: rank r holds experts r E / ranks to (r + 1) E / ranks - 1.
 
     `start` sorts the rows by expert, tells the other ranks how many come (one small all-to-all, waited for, as the sizes are needed on
@@ -62,13 +55,6 @@ class AllToAllDispatcher:
         rows, order, counts = sort_rows(self.ops, x, ids, self.experts, drops=self.drops)
         shares = Shares.of(counts, self.group)
         return Sent(shares, shares.send(rows), order, probs)
-
-    def wait(self, handle: Sent) -> Dispatched:
-        rows, back = handle.shares.arrived(handle.leaving)
-        return Dispatched(rows, handle.shares.counts, Return(handle, back))
-
-    def combine_start(self, rows: Tensor, combine: Return) -> tuple[Leaving, Sent]:
-        return combine.sent.shares.send_back(rows, combine.back), combine.sent
 
     def combine_wait(self, handle: tuple[Leaving, Sent]) -> Tensor:
         leaving, sent = handle

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.model.experts import Dispatched
 from llmtrain.ops.experts import inverse
-from llmtrain.parallel.ep_rows import Leaving, Shares
+from llmtrain.parallel.ep_rows import Leaving, Shares, ThroughShares
 from llmtrain.parallel.hang.where import device_wait
 from llmtrain.parallel.mesh import NodeGroups
 from llmtrain.parallel.ops.in_flight import AllGather, ReduceScatter
@@ -58,15 +57,8 @@ class Sent(NamedTuple):
     """N"""
 
 
-class Return(NamedTuple):
-    """What `wait` leaves for `combine_start`."""
-
-    sent: Sent
-    back: Tensor
-
-
 @dataclass
-class HierarchicalDispatcher:
+class HierarchicalDispatcher(ThroughShares):
     """Experts shared out over the ranks of all nodes in equal runs, as by AllToAllDispatcher, node after node.
 
     `start` gathers tokens, probabilities and numbers of experts from the ranks at this one's place in the other nodes, which it waits for,
@@ -94,13 +86,6 @@ class HierarchicalDispatcher:
         copies = Copies.of(numbers.wait() - first, held, sum(shares.sent))
         x, probs = gather_x.wait(x), gather_probs.wait(probs)
         return Sent(shares, shares.send(_Spread.apply(x, copies)), copies, probs, tokens)
-
-    def wait(self, handle: Sent) -> Dispatched:
-        rows, back = handle.shares.arrived(handle.leaving)
-        return Dispatched(rows, handle.shares.counts, Return(handle, back))
-
-    def combine_start(self, rows: Tensor, combine: Return) -> tuple[Leaving, Sent]:
-        return combine.sent.shares.send_back(rows, combine.back), combine.sent
 
     def combine_wait(self, handle: tuple[Leaving, Sent]) -> Tensor:
         leaving, sent = handle

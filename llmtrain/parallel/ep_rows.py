@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmtrain.model.experts import Dispatched
 from llmtrain.ops.experts import inverse
 from llmtrain.parallel.hang.where import device_wait, recorded
 from llmtrain.parallel.ops.in_flight import AllToAll
@@ -67,6 +68,25 @@ class Shares:
         """Begin to send results [M,W'], in the order in which `arrived` gave the rows."""
         flight = AllToAll(self.group, self.arriving, self.sent)
         return Leaving(flight, flight.start(_Reorder.apply(results, back, inverse(back))))
+
+
+class Return(NamedTuple):
+    """What `wait` leaves for `combine_start`."""
+
+    sent: Any
+    """What `start` gave."""
+    back: Tensor
+
+
+class ThroughShares:
+    """What a dispatcher does between `start`, whose handle has `shares` and `leaving`, and `combine_wait`, which gets that handle back."""
+
+    def wait(self, handle: Any) -> Dispatched:
+        rows, back = handle.shares.arrived(handle.leaving)
+        return Dispatched(rows, handle.shares.counts, Return(handle, back))
+
+    def combine_start(self, rows: Tensor, combine: Return) -> tuple[Leaving, Any]:
+        return combine.sent.shares.send_back(rows, combine.back), combine.sent
 
 
 class _Reorder(torch.autograd.Function):

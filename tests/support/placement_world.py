@@ -111,7 +111,7 @@ def planned(row: Row) -> dict:
     """Steps of a model whose first two experts get most tokens: by step the fullest rank's tokens over the mean, events, seconds."""
     run = started(row, moving="planned")
     with torch.no_grad():
-        for router in run.engine.stages.usage.routers.values():
+        for router in (layer.router for _, layer in run.engine.stages.usage.modules.values()):
             router.bias[:2] = 0.3
     results = []
     step = run.engine.forward_backward
