@@ -292,3 +292,28 @@ def reduce_scatter_rows(out: Any, rows: Any, *, group: Any, async_op: bool = Fal
 
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(out, rows, group=group, async_op=async_op)
+
+
+def memory_of(tensor: Any) -> Any:
+    """A key that stands for the memory of `tensor`: equal for its views, and for nothing made later as long as the key exists.
+
+    Does not keep the memory; `expired()` of it says whether it has been freed.
+    """
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def dtensor_as_is(local: Any, mesh: Any, placements: Any, *, shape: Any, stride: Any) -> Any:
+    """A DTensor over `mesh` whose local part is `local` on whatever device it is; `DTensor.from_local` would copy it to the mesh's kind."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(shape, stride, local.dtype)), requires_grad=False)
+
+
+def operator_mode() -> type:
+    """The class of contexts whose `__torch_dispatch__(func, types, args, kwargs)` stands in the place of every operator below autograd."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode

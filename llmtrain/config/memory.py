@@ -3,11 +3,12 @@
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import BYTES, attention_parameters, count_parameters, expert_parameters, ffn_parameters, loss_rows
 from llmtrain.config.run import RunConfig
+from llmtrain.config.sparing import MOMENT_SLICES
 
 
 def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
     """Bytes on one rank by part, the mean over ranks in closed form; a lower bound, as the activations inside a block depend on kernels and
-    recomputation.
+    recomputation. What optim.offload and train.offload keep on the host comes after the total, of which it is no part.
 
     Args:
         run: the run; parameters and moments are divided over dp_shard x cp x tp x pp, and so are gradients in steps of one micro-batch;
@@ -21,15 +22,19 @@ def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
     largest = max(_block_held(run, model), (counts["head"] or counts["embedding"]) / p.tp)
     kept = p.pp > 1 or not p.reshard_after_forward  # a pipeline would gather every block again for each micro-batch
     whole = shared and _accumulates(run, shard * p.dp_replicate)
+    moments = 2 * counts["total"] * BYTES[run.precision.optimizer] / split
+    inputs = model.layers / p.pp * train.micro_batch * seq_len / p.cp * model.hidden * compute
     parts = {
         "parameters": counts["total"] * BYTES[run.precision.params] / split,
         "gradients": (_held(run) if whole else counts["total"] / split) * BYTES[run.precision.accumulate],
-        "optimizer moments": 2 * counts["total"] * BYTES[run.precision.optimizer] / split,
+        "optimizer moments": moments * (3 / MOMENT_SLICES if run.optim.offload else 1),
         "gathered layers": (_held(run) if kept else 2 * largest) * compute if shared else 0.0,
         "logits of one chunk": 2 * loss_rows(model.vocab_size, train.loss_chunk) * model.vocab_size * 4 / p.tp,
-        "block inputs": model.layers / p.pp * train.micro_batch * seq_len / p.cp * model.hidden * compute,
+        "block inputs": inputs * (min(1.0, 2 * p.pp / model.layers) if "block_input" in train.offload else 1),
     }
-    return parts | {"total without activations inside blocks": sum(parts.values())}
+    there = {"moments on the host": moments * run.optim.offload, "block inputs on the host": inputs * ("block_input" in train.offload)}
+    total = {"total without activations inside blocks": sum(parts.values())}
+    return parts | total | {part: size for part, size in there.items() if size}
 
 
 def _accumulates(run: RunConfig, dp: int) -> bool:

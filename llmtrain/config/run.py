@@ -11,6 +11,7 @@ from llmtrain.config.base import Section
 from llmtrain.config.data import DataConfig, TokenizerConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.pretrained import expand_run
+from llmtrain.config.sparing import check_memory
 
 
 class RunConfig(Section):
@@ -83,4 +84,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"sequences of {longest} tokens exceed model.max_seq_len {self.model.max_seq_len}, the number of learned positions"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_spared_once(self) -> "RunConfig":
+        check_memory(self)
         return self

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from llmtrain.config import shortforms
 from llmtrain.config.base import Section
+from llmtrain.config.sparing import Offloaded, Recomputed
 
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
 
@@ -27,6 +28,8 @@ class OptimConfig(Section):
     """Parameters without weight decay, as shell patterns over canonical names (Pangu Ultra decays its norms)."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global norm; None does not clip."""
+    offload: bool = False
+    """Keep the moments in the host's memory; a step brings them to the device a sixteenth at a time."""
 
 
 class ScheduleConfig(Section):
@@ -97,8 +100,14 @@ class TrainConfig(Section):
     """Sequences per optimizer step, over all ranks and micro-batches."""
     micro_batch: PositiveInt = 1
     """Sequences per forward pass on one rank."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation checkpointing: nothing, all but matmuls and attention, or whole blocks recomputed in the backward pass."""
+    recompute: Literal["none", "selective", "full"] | list[Recomputed] = "none"
+    """What the backward pass computes again instead of keeping it: nothing, all but matmuls and attention, whole blocks; or a list of
+    modules of each block: `mla_up` (queries, keys and values from the narrow vectors of latent attention), `norms`, `activation` (of dense
+    branches and experts), `permute` (rows at their experts, which are sent again)."""
+    offload: list[Offloaded] = []
+    """Activations that wait in the host's memory for the backward pass, which fetches those of a block while it works on the one after:
+    `block_input`, `attention_input` and `ffn_input` (what the norms before these branches give), `expert_output` (kept for the gradients
+    of the router's probabilities)."""
     deterministic: bool = False
     """Only deterministic kernels and collectives, so that a run repeated gives the same bits; slower, and ops that have none raise."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from llmtrain.device.host_copies import HostCopies, StreamCopies
 from llmtrain.errors import UserError
 from llmtrain.hardware import Hardware, match
 
@@ -84,6 +85,10 @@ class Device(ABC):
     @abstractmethod
     def event(self) -> Any | None:
         """A new timing event, or None on a device without streams."""
+
+    def host_copies(self) -> HostCopies:
+        """What copies tensors to the host's memory and back, beside what this device computes."""
+        return HostCopies()
 
     @abstractmethod
     def memory(self) -> Memory:
@@ -163,6 +168,9 @@ class Accelerator(Device):
 
     def event(self) -> Any:
         return self.module.Event(enable_timing=True)
+
+    def host_copies(self) -> HostCopies:
+        return StreamCopies(self.module, self.kind, self.index)
 
     def memory(self) -> Memory:
         total = self.module.get_device_properties(self.index).total_memory

@@ -116,7 +116,10 @@ class ExpertPlacement:
         way = route(self._standing[number], slots, devices=shape.ep, shards=shape.efsdp, device=device, shard=shard)
         for name in layer.names:
             for stack in (local_tensor(self.stages.parameters[name].detach()), *moments[name]):
-                move_rows(stack, way, self._groups)
+                there = stack.to(self.mesh.device.torch_device)  # moments may be on the host
+                move_rows(there, way, self._groups)
+                if there is not stack:
+                    stack.copy_(there)
         layer.table[:-1].copy_(torch.tensor(slots))
 
     def _told(self, plans: dict[int, Plan], seconds: float) -> str:

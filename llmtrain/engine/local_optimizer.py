@@ -19,7 +19,7 @@ class LocalOptimizer:
     def __init__(self, parameters: dict[str, nn.Parameter], cfg: OptimConfig, *, ops: Ops):
         self.parameters = parameters
         self._mine = {name: nn.Parameter(local_tensor(p).detach()) for name, p in parameters.items()}
-        decayed = {name: not any(fnmatch.fnmatch(name, pattern) for pattern in cfg.no_decay) for name in parameters}
+        decayed = {name: is_decayed(name, cfg) for name in parameters}
         groups = [
             {"params": [self._mine[name] for name in decayed if decayed[name] is decay], "weight_decay": weight_decay}
             for decay, weight_decay in ((True, cfg.weight_decay), (False, 0.0))
@@ -59,3 +59,8 @@ class LocalOptimizer:
         """The number of steps that the moments have seen."""
         for mine in self._mine.values():
             self._adamw.state[mine]["step"].fill_(steps)
+
+
+def is_decayed(name: str, cfg: OptimConfig) -> bool:
+    """Whether the parameter of this canonical name has weight decay."""
+    return not any(fnmatch.fnmatch(name, pattern) for pattern in cfg.no_decay)

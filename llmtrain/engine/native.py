@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from llmtrain.data.batch import NO_TARGET, Batch
 from llmtrain.device.base import Device
 from llmtrain.engine.base import Capabilities, StepResult, register_engine
 from llmtrain.engine.expert_placement import Settled, build_placement
+from llmtrain.engine.host_optimizer import HostOptimizer
 from llmtrain.engine.local_optimizer import LocalOptimizer
 from llmtrain.engine.loss_scale import LossScale
 from llmtrain.engine.micro_batch import MicroBatch, prepare
@@ -58,7 +60,8 @@ class NativeEngine:
     def __init__(self, cfg: RunConfig, *, stages: Stages, objective: Callable, mesh: Mesh, device: Device, ops: Ops):
         self.cfg, self.stages, self.objective, self.mesh, self.device = cfg, stages, objective, mesh, device
         self.parameters = stages.parameters
-        self.optimizer = LocalOptimizer(stages.parameters | stages.copies, cfg.optim, ops=ops)
+        optimizer = partial(HostOptimizer, copies=device.host_copies()) if cfg.optim.offload else LocalOptimizer
+        self.optimizer = optimizer(stages.parameters | stages.copies, cfg.optim, ops=ops)
         self.placement = build_placement(cfg, stages=stages, optimizer=self.optimizer, mesh=mesh)
         self.steps_taken = 0
         self.loss_scale = LossScale(cfg.precision.loss_scale) if cfg.precision.compute == "fp16" else None

@@ -46,6 +46,11 @@ class PipelinePlan:
         """Stages of the whole pipeline."""
         return self.ranks * self.virtual
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether its schedule computes gradients of inputs and of weights apart."""
+        return self.kind in ("zero_bubble", "zbv", "dualpipev")
+
     def rank_of(self, stage: int) -> int:
         """The rank, along pp, that holds `stage`."""
         return stage_rank(stage, ranks=self.ranks, placement=placement_of(self.kind))

@@ -71,7 +71,9 @@ class _Step:
         self.local = ceil(ceil(phase.seq_len / shape.cp) / shape.tp)  # s
         self.e = BYTES[cfg.precision.compute]
         self.high = max(4, self.e)  # of softmax, routing, and the sums of the ring
-        self.forwards = 1 if cfg.train.recompute == "none" else 2  # selective repeats collectives as well
+        self.forwards = 2 if cfg.train.recompute in ("selective", "full") else 1  # selective repeats collectives as well
+        self.sends = self.forwards + ("permute" in cfg.train.recompute)  # of rows to their experts
+        self.widenings = self.forwards + ("mla_up" in cfg.train.recompute)  # of narrow vectors, up to the attention itself
         self.groups = self._groups(segment)
         self._found: dict[tuple[str, str], list[float]] = {}
 
@@ -135,23 +137,23 @@ class _Step:
     def _attention(self, times: int) -> None:
         a = self.model.attention
         if a.kind == "mla":
-            self._branch(times, [a.query_rank or self.model.hidden, a.kv_rank], positions=self.local)
+            self._branch(times, [a.query_rank or self.model.hidden, a.kv_rank], positions=self.local, gathers=self.widenings)
             shared = self.batch * self.local * a.rope_dim * self.e
-            self._add("tp", "all_gather", times * self.forwards, shared, self.shape.tp)
+            self._add("tp", "all_gather", times * self.widenings, shared, self.shape.tp)
             self._add("tp", "reduce_scatter", times, shared, self.shape.tp)
         else:
-            self._branch(times, [self.model.hidden], positions=self.local)
+            self._branch(times, [self.model.hidden], positions=self.local, gathers=self.forwards)
 
     def _dense(self, times: int) -> None:
-        self._branch(times, [self.model.hidden], positions=self.batch * self.local)
+        self._branch(times, [self.model.hidden], positions=self.batch * self.local, gathers=self.forwards)
 
-    def _branch(self, times: int, widths: Sequence[int], *, positions: int) -> None:
-        """Rows of these widths are gathered for products split by columns, what a product split by rows gives is scattered. Backward, rows
-        are gathered again and their gradients scattered, and the gradient of what was scattered is gathered."""
+    def _branch(self, times: int, widths: Sequence[int], *, positions: int, gathers: int) -> None:
+        """Rows of these widths are gathered, so often going forward, for products split by columns; what a product split by rows gives is
+        scattered. Backward, rows are gathered again and their gradients scattered, and the gradient of what was scattered is gathered."""
         tp, pieces = self.shape.tp, max(1, min(self.cfg.parallel.tp_chunks, positions))
         rows = self.batch * self.local * self.e
         for width in widths:
-            self._add("tp", "all_gather", times * (self.forwards + 1), rows * width, tp, pieces=pieces)
+            self._add("tp", "all_gather", times * (gathers + 1), rows * width, tp, pieces=pieces)
             self._add("tp", "reduce_scatter", times, rows * width, tp, pieces=pieces)
         self._add("tp", "reduce_scatter", times * self.forwards, rows * self.model.hidden, tp, pieces=pieces)
         self._add("tp", "all_gather", times, rows * self.model.hidden, tp, pieces=pieces)
@@ -160,41 +162,42 @@ class _Step:
         if not times:
             return
         tokens, k, etp, ep = self.batch * self.local, self.model.ffn.top_k, self.shape.etp, self.shape.ep
-        hidden, forwards = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.forwards
+        hidden, forwards, sends = tokens * (self.model.ffn.descend or self.model.hidden) * self.e, times * self.forwards, times * self.sends
         if self.model.ffn.capacity is not None:  # whole sequences decide what finds room: probabilities and numbers of experts
             self._add("tp", "all_gather", forwards, 2 * tokens * k * self.high, self.shape.tp)
             self._add("cp", "all_gather", forwards, 2 * tokens * self.shape.tp * k * self.high, self.shape.cp)
         # The width of experts is split: tokens, probabilities and numbers of experts are gathered, results scattered.
-        self._add("tp", "all_gather", forwards + times, hidden, etp)
-        self._add("tp", "all_gather", forwards, tokens * k * self.high, etp)
-        self._add("tp", "all_gather", forwards, tokens * k * 8, etp)
-        self._add("tp", "reduce_scatter", forwards + times, hidden, etp)
+        self._add("tp", "all_gather", sends + times, hidden, etp)
+        self._add("tp", "all_gather", sends, tokens * k * self.high, etp)
+        self._add("tp", "all_gather", sends, tokens * k * 8, etp)
+        self._add("tp", "reduce_scatter", times * (self.forwards + 1), hidden, etp)
         self._add("tp", "reduce_scatter", times, tokens * k * self.high, etp)
         if self.shape.ep_inner is not None:
             self._nodes(times, tokens=etp * tokens, hidden=etp * hidden)
             return
         # Rows to the experts and back, and how many there are.
-        self._add("ep", "all_to_all", forwards, 8 * self.model.ffn.experts, ep)
-        self._add("ep", "all_to_all", 2 * (forwards + times), etp * k * hidden, ep)
+        self._add("ep", "all_to_all", sends, 8 * self.model.ffn.experts, ep)
+        self._add("ep", "all_to_all", sends + times * (self.forwards + 2), etp * k * hidden, ep)
 
     def _nodes(self, times: int, *, tokens: int, hidden: float) -> None:
         """Hierarchical dispatch of so many tokens, of `hidden` bytes."""
-        forwards, k, experts = times * self.forwards, self.model.ffn.top_k, self.model.ffn.experts
+        sends, k, experts = times * self.sends, self.model.ffn.top_k, self.model.ffn.experts
         inner, outer = self.shape.ep_inner, self.shape.ep_outer
         # To the other nodes: how many go to each expert, tokens with probabilities and numbers of experts; and sums of results back.
-        self._add("ep_outer", "all_gather", forwards, 8 * (experts + 1), outer)
-        self._add("ep_outer", "all_gather", forwards + times, hidden, outer)
-        self._add("ep_outer", "all_gather", forwards, tokens * k * self.high, outer)
-        self._add("ep_outer", "all_gather", forwards, tokens * k * 8, outer)
-        self._add("ep_outer", "reduce_scatter", forwards + times, hidden, outer)
+        self._add("ep_outer", "all_gather", sends, 8 * (experts + 1), outer)
+        self._add("ep_outer", "all_gather", sends + times, hidden, outer)
+        self._add("ep_outer", "all_gather", sends, tokens * k * self.high, outer)
+        self._add("ep_outer", "all_gather", sends, tokens * k * 8, outer)
+        self._add("ep_outer", "reduce_scatter", times * (self.forwards + 1), hidden, outer)
         self._add("ep_outer", "reduce_scatter", times, tokens * k * self.high, outer)
         # Within the node all choices of a rank's share of everybody's tokens, which are as many as those of its own.
-        self._add("ep_inner", "all_to_all", forwards, 8 * experts // outer, inner)
-        self._add("ep_inner", "all_to_all", 2 * (forwards + times), k * hidden, inner)
+        self._add("ep_inner", "all_to_all", sends, 8 * experts // outer, inner)
+        self._add("ep_inner", "all_to_all", sends + times * (self.forwards + 2), k * hidden, inner)
 
     def _context(self, times: int) -> None:
         n, d, dv, tp = self.shape.cp, self.model.head_dim, self.model.value_head_dim, self.shape.tp
-        forwards, places = times * self.forwards, self.batch * self.local * tp  # B L
+        ring = self.cfg.parallel.cp_kind == "ring"  # on which queries, keys and values alone are made again
+        forwards, places = times * (self.forwards if ring else self.widenings), self.batch * self.local * tp  # B L
         heads, kv_heads = self.model.attention.heads // tp, max(1, self.model.kv_heads // tp)
         keys_values = places * (d + dv) * kv_heads
         match self.cfg.parallel.cp_kind:

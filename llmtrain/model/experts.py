@@ -128,8 +128,11 @@ class Experts(nn.Module):
             None if weight is None else partial(self._product, weight=weight, bias=bias, counts=counts)
             for weight, bias in zip(self.weights(), self.biases())
         )
-        inner = self.ops.gelu(up(rows)) if gate is None else self.ops.swiglu(gate(rows), up(rows))
-        return down(inner)
+        return down(self.activate(up(rows)) if gate is None else self.activate(gate(rows), up(rows)))
+
+    def activate(self, *expanded: Tensor) -> Tensor:
+        """What gate, if there is one, and up projections give, [M,F] each -> [M,F]."""
+        return self.ops.gelu(*expanded) if len(expanded) == 1 else self.ops.swiglu(*expanded)
 
     def _product(self, rows: Tensor, *, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
         out = self.ops.grouped_mm(rows, weight, counts)

@@ -35,11 +35,15 @@ class LatentAttention(Attention):
 
     def project(self, x: Tensor, *, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,S,D] -> q and k [B,H,S,nope+rope], the rope part rotated, and v [B,H,S,dv]."""
-        q, kv, shared = self.widen(*self.narrow(x))
+        return self.expand(*self.narrow(x), *(rope or ()))
+
+    def expand(self, queries: Tensor, latent: Tensor, shared: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `narrow` gave, and cos and sin if keys and queries are rotated -> what `project` gives."""
+        q, kv, shared = self.widen(queries, latent, shared)
         q = q.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B,H,S,d]
         k, v = kv.unflatten(-1, (-1, sum(self.kv_dims))).transpose(1, 2).split(self.kv_dims, -1)
         q_rope, k_rope = q[..., -self.rope_dim :], shared[:, None]  # [B,H or 1,S,rope]
-        if rope is not None:
+        if rope:
             q_rope, k_rope = self.ops.rope(q_rope, *rope), self.ops.rope(k_rope, *rope)
         q = torch.cat((q[..., : -self.rope_dim], q_rope), -1)
         k = torch.cat((k, k_rope.expand(-1, k.shape[1], -1, -1)), -1)

@@ -22,6 +22,7 @@ from llmtrain.parallel.fsdp import apply_fsdp
 from llmtrain.parallel.gradients import partial_over_tp
 from llmtrain.parallel.hang.where import watch_layers
 from llmtrain.parallel.mesh import Mesh
+from llmtrain.parallel.offload import apply_offload
 from llmtrain.parallel.recompute import apply_recompute
 from llmtrain.parallel.tp import apply_tp
 
@@ -69,6 +70,7 @@ def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: C
     if not sharded and precision.compute != precision.params:
         apply_cast(model, torch_dtype(precision.compute))
     apply_recompute(model, cfg.train.recompute)
+    apply_offload(model, cfg.train.offload, device.host_copies())
     if sharded:
         apply_fsdp(
             model,

@@ -30,6 +30,11 @@ def check_parallel(cfg: RunConfig, shape: MeshShape, plan: StepPlan, *, device: 
         _check_overlap(cfg, shape)
     if shape.pp > 1:
         pipeline = PipelinePlan.from_config(cfg)
+        if cfg.train.recompute == "selective" and pipeline.splits_backward:
+            raise UserError(
+                f"train.recompute selective: torch allows its blocks one backward pass, which parallel.schedule {cfg.parallel.schedule} "
+                f"makes in two halves; name modules (train.recompute: [norms, activation]), or take full"
+            )
         for segment in plan.segments:
             pipeline.schedule(segment.batch // (shape.dp * segment.phase.micro_batch))
     elif cfg.parallel.virtual_stages > 1:

@@ -35,7 +35,7 @@ def choices(cfg: RunConfig, shape: MeshShape, *, device: str, hardware: str | No
         tp = choose_implementation(parallel.tp_kind, Demand(device, shape.tp, sums, dtype, hardware))
     if shape.ep > 1:
         kind = "all_to_all" if parallel.overlap_micro_batches and parallel.ep_kind == "auto" else parallel.ep_kind
-        ep = choose_ep(kind, _exchange(cfg, shape, device=device, hardware=hardware), cfg.model.ffn)
+        ep = choose_ep(kind, _exchange(cfg, shape, device=device, hardware=hardware), cfg.model.ffn, cfg.train)
         if shape.ep_inner is not None:
             ep = ep._replace(reason=f"{shape.ep_outer} nodes of {shape.ep_inner} ranks")
     return Choices(tp, ep)

@@ -69,6 +69,8 @@ def _obstacle(cfg: RunConfig, kind: str) -> str | None:
         return "the rows that a mixture of experts sends to each expert change with every batch"
     if cfg.train.recompute == "selective":
         return "train.recompute selective decides op by op, which compiled code hides; full works"
+    if not isinstance(cfg.train.recompute, str) or cfg.train.offload:
+        return "modules that train.recompute names, and train.offload, are told apart by what they save, which compiled code hides"
     if kind == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         return "compiling for the CPU needs a C++ compiler, and neither g++ nor clang++ is on the PATH"
     return None

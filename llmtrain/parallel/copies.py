@@ -30,17 +30,21 @@ class EmbeddingCopy:
 
     @torch.no_grad()
     def take_over(self, original: Tensor | None, copy: Tensor | None) -> None:
-        """Overwrite `copy` by `original`, each on the rank that has it."""
+        """Overwrite `copy` by `original`, each on the rank that has it; they may be on the host, where the group's ranks send nothing."""
         if original is not None and copy is not None:
             copy.copy_(original)
         elif original is not None:
             with recorded("send", self.group, peer=dist.get_global_rank(self.group, self.last)):
-                dist.send(original.contiguous(), group=self.group, group_dst=self.last)
+                dist.send(original.to(self._device).contiguous(), group=self.group, group_dst=self.last)
         elif copy is not None:
-            arrived = torch.empty_like(copy, memory_format=torch.contiguous_format)
+            arrived = torch.empty(copy.shape, dtype=copy.dtype, device=self._device)
             with recorded("recv", self.group, peer=dist.get_global_rank(self.group, self.first)):
                 dist.recv(arrived, group=self.group, group_src=self.first)
             copy.copy_(arrived)
+
+    @property
+    def _device(self) -> torch.device:
+        return (self.copy if self.original is None else self.original).device
 
     def _swap(self, tensor: Tensor) -> Tensor:
         peer = self.last if self.original is not None else self.first

@@ -73,8 +73,11 @@ class SplitExperts:
     group: dist.ProcessGroup
 
     def __call__(self, x: Tensor, probs: Tensor, ids: Tensor, *, meanwhile: Meanwhile | None = None) -> Tensor:
-        everyone = gathered_rows(x, self.group), gathered_rows(probs, self.group), start_gather(ids, self.group).wait()
-        return summed_rows(self.inner(*everyone, meanwhile=meanwhile), self.group)
+        return summed_rows(self.inner(*self.gather(x, probs, ids), meanwhile=meanwhile), self.group)
+
+    def gather(self, x: Tensor, probs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of all ranks of the group, one rank after the other."""
+        return gathered_rows(x, self.group), gathered_rows(probs, self.group), start_gather(ids, self.group).wait()
 
 
 def apply_ep(

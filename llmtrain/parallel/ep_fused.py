@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.config.ffn import MoEConfig
+from llmtrain.config.train import TrainConfig
 from llmtrain.errors import UserError
 from llmtrain.model.experts import Experts, Meanwhile
 from llmtrain.parallel.ops.choice import Chosen
@@ -37,20 +38,17 @@ class FusedExperts:
 def _through_experts(experts: Experts, rows: Tensor, exchange: Exchange) -> Tensor:
     """rows [n,D] sent to their experts, through them and back: [n,D]."""
     gate_proj, up_proj, down_proj = experts.weights()
-    if gate_proj is None:
-        (up,) = alltoallv_matmul(rows, [up_proj], exchange)
-        inner = experts.ops.gelu(up)
-    else:
-        inner = experts.ops.swiglu(*alltoallv_matmul(rows, [gate_proj, up_proj], exchange))
+    expanding = [up_proj] if gate_proj is None else [gate_proj, up_proj]
+    inner = experts.activate(*alltoallv_matmul(rows, expanding, exchange))
     return matmul_alltoallv(inner, down_proj, exchange)
 
 
-def choose_ep(kind: str, demand: ExchangeDemand, ffn: MoEConfig) -> Chosen:
+def choose_ep(kind: str, demand: ExchangeDemand, ffn: MoEConfig, train: TrainConfig) -> Chosen:
     """The one of `all_to_all`, `hierarchical` and `fused` that `parallel.ep_kind` means.
 
     Raises UserError for `fused` where it cannot serve this.
     """
-    reason = refuse_exchange(demand) or _refuse_experts(ffn)
+    reason = refuse_exchange(demand) or _refuse_experts(ffn) or _refuse_memory(train)
     if kind == "fused" and reason:
         raise UserError(f"parallel.ep_kind fused: {reason}; use all_to_all")
     if kind != "auto":
@@ -66,3 +64,8 @@ def _refuse_experts(ffn: MoEConfig) -> str | None:
     if ffn.bias:
         return "its products have no biases (model.ffn.bias)"
     return "it sends every choice (model.ffn.capacity)" if ffn.capacity else None
+
+
+def _refuse_memory(train: TrainConfig) -> str | None:
+    options = {"train.recompute permute": train.recompute, "train.offload expert_output": train.offload}
+    return next((f"it keeps its rows to itself ({option})" for option, names in options.items() if option.split()[1] in names), None)

@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from llmtrain.compat import dtensor_as_is
 from llmtrain.parallel.mesh import Mesh
 
 
@@ -16,4 +17,6 @@ def canonical(parameter: Tensor, local: Tensor, mesh: Mesh) -> Tensor:
     own = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
     over = mesh.experts_of_a_stage if {"ep", "etp", "efsdp"} & set(own) else mesh.dense
     placements = [parameter.placements[own.index(axis)] if axis in own else Replicate() for axis in over.mesh_dim_names]
+    if local.device.type != over.device_type:  # moments on the host, which from_local would copy to the device
+        return dtensor_as_is(local, over, placements, shape=parameter.shape, stride=parameter.stride())
     return DTensor.from_local(local, over, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())

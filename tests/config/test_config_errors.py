@@ -46,6 +46,20 @@ def message(words=(), text=None, tmp_path=None):
         (["steps", "3"], "'steps' on the command line is no option"),
         (["--data", "[1]"], "data: [1] is not allowed (command line); allowed: a section with train, validation"),
         (["--train.phases.x", "1"], "train.phases is a list; give the number of an entry"),
+        (["--train.recompute", "[norm]"], "train.recompute.0: 'norm' is not allowed (command line); allowed: one of mla_up, norms, "),
+        (["--train.recompute", "all"], "allowed: one of none, selective, full or a list, each entry one of mla_up, norms, activation, "),
+        (["--train.recompute", "[norms, norms]"], "train.recompute names something twice: norms, norms"),
+        (["--train.recompute", "[mla_up]"], "train.recompute mla_up: model.attention.kind gqa has no up-projections; take mla_up out"),
+        (["--train.recompute", "[permute]"], "train.recompute permute: model.ffn.kind dense has no experts"),
+        (["--train.offload", "[expert_output]"], "train.offload expert_output: model.ffn.kind dense has no experts"),
+        (
+            ["--train.offload", "[block_input, ffn_input]", "--train.recompute", "full"],
+            "train.offload ffn_input: with train.recompute full a block keeps its input alone; take ffn_input out",
+        ),
+        (
+            ["--train.offload", "[attention_input]", "--train.recompute", "[norms]"],
+            "train.offload attention_input is what train.recompute norms computes again; take one of them out",
+        ),
         (["--seed.a", "1"], "seed: {'a': 1} is not allowed (command line); allowed: an integer >= 0"),
     ],
 )

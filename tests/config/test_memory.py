@@ -59,3 +59,13 @@ def test_gradients_of_one_micro_batch_are_sharded_at_once():
     ramp = "[{steps: 5, batch: 16}, {steps: 5, batch: [{from_tokens: 0, size: 16}, {from_tokens: 9, size: 32}]}]"
     ramped = load(None, [*words, "--train.phases", ramp]).run
     assert memory_estimate(ramped, 8)["gradients"] == memory_estimate(two, 8)["gradients"]
+
+
+def test_memory_on_the_host_is_no_part_of_a_devices():
+    words = ["--model", "llama3_8b", "--optim.offload", "--train.offload", "[block_input]"]
+    plain, away = (memory_estimate(load(None, given).run, 1) for given in (words[:2], words))
+    total = "total without activations inside blocks"
+    assert away["moments on the host"] == plain["optimizer moments"] and away["optimizer moments"] == plain["optimizer moments"] * 3 / 16
+    assert away["block inputs on the host"] == plain["block inputs"] and away["block inputs"] == plain["block inputs"] * 2 / 32
+    freed = plain["optimizer moments"] * 13 / 16 + plain["block inputs"] * 30 / 32
+    assert plain[total] - away[total] == pytest.approx(freed) and list(plain)[-1] == total

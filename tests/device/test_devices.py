@@ -10,6 +10,7 @@ import torch
 from llmtrain.device import DeviceUnavailable, Memory, npu, register, select
 from llmtrain.device.base import Accelerator, Device
 from llmtrain.device.cuda import CudaDevice, unsupported_dtype
+from llmtrain.device.host_copies import HostCopies, StreamCopies
 from llmtrain.device.npu import NpuDevice
 from llmtrain.device.registry import unregister
 
@@ -188,6 +189,49 @@ def test_back_ends_and_options():
     assert CudaDevice(3).group_options(timedelta(1)) is None and select("cpu").group_options(timedelta(1), buffer_mb=9) is None
 
 
+class Streams:
+    """What an accelerator's module is told, in order: `main` is the stream that computes, `side` another one."""
+
+    def __init__(self):
+        self.told: list[str] = []
+
+    def Stream(self, index):
+        return self._stream("side")
+
+    def current_stream(self):
+        return self._stream("main")
+
+    def Event(self):
+        told = {"record": lambda event: self.told.append("event"), "synchronize": lambda event: self.told.append("host")}
+        return type("Event", (), told)()
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def _stream(self, name):
+        waits = {"wait_stream": lambda stream, other: self.told.append(f"{name} waits for {other.name}")}
+        waits["wait_event"] = lambda stream, event: self.told.append(f"{name} waits for event")
+        return type("Stream", (), waits | {"name": name})()
+
+
+class OnTheHost(StreamCopies):
+    """Memory that is there without an accelerator."""
+
+    host_memory = device_memory = HostCopies.host_memory
+
+
+def test_copies_run_beside_what_the_device_computes():
+    module = Streams()
+    copies = OnTheHost(module, "cpu", 0)
+    away = copies.to_host(torch.arange(3.0))
+    assert module.told == ["side waits for main", "event"], "nothing waits for the copy yet"
+    assert away.wait() is away.wait() and module.told[2:] == ["main waits for event"]
+    back = copies.to_device(away.wait())
+    assert torch.equal(back.finish(), torch.arange(3.0)) and module.told[3:] == ["side waits for main", "event", "host"]
+    into = torch.zeros(3)
+    assert copies.to_host(torch.ones(3), into=into).wait() is into and into.sum() == 3
+
+
 class TestCpu:
     """The CPU as a device."""
 
@@ -197,6 +241,9 @@ class TestCpu:
         for method in ("set_current", "synchronize", "stream", "event", "empty_cache"):
             assert getattr(device, method)() is None
         assert device.unsupported_dtype(torch.float64) is None and device.capability() is None
+        tensor = torch.arange(6.0).view(2, 3).t()
+        copy = device.host_copies().to_host(tensor).wait()
+        assert torch.equal(copy, tensor) and copy.stride() == tensor.stride() and copy.data_ptr() != tensor.data_ptr()
         assert isinstance(device, Device) and "cores" in device.describe()
 
     def test_peak_memory_sees_what_was_freed(self):

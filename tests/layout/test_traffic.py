@@ -25,6 +25,8 @@ GPT = {
     "attention": {"qkv_bias": True, "out_bias": True},
 }
 FULL = {"train": {"recompute": "full"}}
+PERMUTE = {"train": {"recompute": ["permute", "norms"], "offload": ["expert_output"]}}
+MLA_UP = {"train": {"recompute": ["mla_up"]}}
 ONES = {"train": {"micro_batch": 1}}
 TIED = {"model": {"tie_embeddings": True}}
 
@@ -63,6 +65,11 @@ TWO = {
     "ep2, deepseek": on(DEEPSEEK, BIASED, ONES, dp_shard=2, ep=2),
     "ep2, bigmac, groups of 4": on(BIGMAC, balanced(4), dp_shard=2, ep=2),
     "tp2, deepseek, whole step": on(DEEPSEEK, balanced("step"), tp=2),
+    "ep2, permute": on(MOE, PERMUTE, dp_shard=2, ep=2),
+    "etp2, permute": on(MOE, PERMUTE, tp=2, etp=2),
+    "tp2, mla, mla_up": on(MLA, MLA_UP, tp=2),
+    "cp2, mla, mla_up": on(MLA, MLA_UP, cp=2),
+    "cp2, mla, ring, mla_up": on(MLA, MLA_UP, cp=2, cp_kind="ring"),
 }
 FOUR = {
     "tp2 dp2, full, bf16": on(FULL, ONES, {"precision": "bf16"}, tp=2, dp_shard=2),
@@ -71,7 +78,7 @@ FOUR = {
     "ep2 of hsdp": on(MOE, ONES, dp_replicate=2, dp_shard=2, ep=2),
     "ep2 over tp": on(MOE, ONES, dp_shard=2, tp=2, ep=2),
     "ep4 by nodes": on(MOE, FULL, dp_shard=2, tp=2, ep=4, ep_kind="hierarchical"),
-    "ep4 by nodes of one": on(MOE, {"precision": "bf16"}, dp_shard=4, ep=4, ep_kind="hierarchical", ep_inner=1),
+    "ep4 by nodes of one, permute": on(MOE, PERMUTE, {"precision": "bf16"}, dp_shard=4, ep=4, ep_kind="hierarchical", ep_inner=1),
     "ep2 by nodes, etp2": on(MOE, ONES, dp_shard=2, tp=2, ep=2, etp=2, ep_kind="hierarchical", ep_inner=1),
     "cp2 tp2, capacity": on(MOE, {"model": {"ffn": {"capacity": {}}}}, cp=2, tp=2),
     "cp2 tp2, ring": on(ONES, cp=2, tp=2, cp_kind="ring"),

@@ -59,6 +59,7 @@ hold 2 rows unless it says otherwise: a pipeline without data parallelism sees 4
 | tied | head and token embedding are one parameter |
 | MTP | heads of multi-token prediction, 1 or 2 |
 | MoE | 4 experts in each layer, each token goes to 2 |
+| latent MoE | the same with a shared expert, and latent attention |
 | balanced MoE | the same with a loss against unequal use of experts over all 8 rows of a step |
 | DeepSeek | latent attention; a dense layer, then 8 experts in 4 groups, 2 of a token and a shared one; scores are sigmoids with a bias \
 that moves every step; losses against unequal use over each row and against large logits; a head of multi-token prediction |

@@ -74,6 +74,8 @@ def test_what_stands_in_the_way(monkeypatch):
     assert "has not been tried on npu" in str(blocks.decide(config(), kind="npu", ranks=1))
     with pytest.raises(UserError, match=r"train\.compile on: train\.recompute selective .* set train\.compile"):
         blocks.decide(config(compile="on", recompute="selective"), kind="cpu", ranks=1)
+    for option in ({"recompute": ["norms"]}, {"offload": ["block_input"]}):
+        assert "are told apart by what they save" in str(blocks.decide(config(**option), kind="cpu", ranks=1))
     monkeypatch.setattr(blocks.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="C\\+\\+ compiler"):
         blocks.decide(config(compile=True), kind="cpu", ranks=1)

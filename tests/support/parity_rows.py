@@ -16,6 +16,10 @@ MODELS = {
     "MTP 2, tied": {"mtp": {"heads": 2}, "tie_embeddings": True},
     "MoE": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}},
     "MoE, 4 layers": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}} | LAYERS_4,
+    "latent MoE": {
+        "attention": {"kind": "mla", "heads": 4, "query_rank": 12, "kv_rank": 10, "nope_dim": 8, "rope_dim": 4, "value_dim": 6},
+        "ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16, "shared_experts": 1},
+    },
     "balanced MoE": {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16, "balance": {"weight": 0.1, "sequences": "step"}}},
     "DeepSeek": {
         "attention": {"kind": "mla", "heads": 4, "query_rank": 12, "kv_rank": 10, "nope_dim": 8, "rope_dim": 4, "value_dim": 6},
@@ -120,6 +124,8 @@ def schedule(kind: str, virtual: int = 1, layers: list[int] | None = None) -> di
 ACCUMULATE = {"train.micro_batch": 1}
 FULL, SELECTIVE = ({"train.recompute": kind} for kind in ("full", "selective"))
 CHUNKS = {"parallel.tp_chunks": 3}
+NAMED = {"train.recompute": ["mla_up", "norms", "activation", "permute"]}
+AWAY = {"train.offload": ["block_input", "expert_output"], "optim.offload": True}
 RING, ULYSSES = ({"parallel.cp_kind": kind} for kind in ("ring", "ulysses"))
 GROUPS = "MoE, full groups"
 NODES, OVERLAP = {"parallel.ep_kind": "hierarchical"}, {"parallel.overlap_micro_batches": True}
@@ -167,6 +173,8 @@ TENSOR = [
     Row({"tp": 2, "dp_shard": 2}, quick="short"),
     Row({"tp": 2, "dp_shard": 2}, "GPT", CHUNKS | FULL),
     Row({"tp": 2, "dp_replicate": 2}, "tied"),
+    Row({"tp": 2}, options=CHUNKS | {"train.recompute": ["norms", "activation"], "train.offload": ["block_input"]}),
+    Row({"tp": 2}, "GPT", {"train.offload": ["attention_input", "ffn_input"]}),
 ]
 PIPELINE = [
     Row({"pp": 2}, options=schedule("1f1b"), quick="both"),
@@ -237,6 +245,14 @@ EXPERT = [
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("1f1b")),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE),
     Row({"pp": 2, "tp": 2, "ep": 2}, "MoE", schedule("1f1b"), quick="short"),
+    Row({"dp_shard": 2, "ep": 2}, "latent MoE", NAMED | AWAY, quick="short"),
+    Row({"pp": 2}, "latent MoE", schedule("zero_bubble") | NAMED | AWAY, quick="short"),
+    Row({"tp": 2, "ep": 2}, "latent MoE", NAMED | AWAY | ACCUMULATE),
+    Row({"tp": 2, "etp": 2}, "latent MoE", NAMED),
+    *(Row({"cp": 2}, "latent MoE", kind | NAMED) for kind in ({}, RING, ULYSSES)),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "latent MoE", schedule("zbv", 2, [1, 1, 1, 0]) | NAMED | AWAY),
+    Row({"pp": 2, "dp_shard": 2, "ep": 2}, "latent MoE", schedule("dualpipev", 2, [1, 1, 1, 0]) | ACCUMULATE | OVERLAP | NAMED | AWAY),
+    Row({"dp_shard": 4, "ep": 4}, "latent MoE", NODES | {"parallel.ep_inner": 2} | NAMED | AWAY),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("dualpipev", 2) | ACCUMULATE | OVERLAP, quick="short"),
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("interleaved", 2) | ACCUMULATE | OVERLAP),
 ]

@@ -14,6 +14,7 @@ V = schedule("zbv", 2, [1, 1, 1, 0])
 DENSE = {
     "one": Row({}, "tied"),
     "pp2": Row({"pp": 2}, "tied"),
+    "pp2 host": Row({"pp": 2}, "tied", {"optim.offload": True}),
     "pp2 v": Row({"pp": 2}, "tied", V),
     "cp2": Row({"cp": 2}, "tied"),
     "dp4": Row({"dp_shard": 4}, "tied"),
