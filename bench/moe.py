@@ -135,7 +135,7 @@ def table(args: argparse.Namespace, results: dict[str, dict[str, list[float]]]) 
     lines = [
         "# A mixture-of-experts layer on the CPU",
         "",
-        f"`python bench/moe.py`, {date.today()}, commit {commit}. {platform.processor() or platform.machine()}, {args.threads} threads, "
+        f"`{' '.join(['python bench/moe.py', *sys.argv[1:]])}`, {date.today()}, commit {commit}. {platform.processor() or platform.machine()}, {args.threads} threads, "
         f"torch {torch.__version__}, load {load} at the end.",
         "",
         f"{args.tokens:,} tokens of width {args.width}, {args.experts} experts of width {args.hidden} (SwiGLU), {args.top_k} of a token. "
