@@ -131,11 +131,12 @@ def race(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
 def table(args: argparse.Namespace, results: dict[str, dict[str, list[float]]]) -> str:
     """The results as Markdown."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    command = " ".join(["python bench/moe.py", *sys.argv[1:]])
     load = Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "?"
     lines = [
         "# A mixture-of-experts layer on the CPU",
         "",
-        f"`{' '.join(['python bench/moe.py', *sys.argv[1:]])}`, {date.today()}, commit {commit}. {platform.processor() or platform.machine()}, {args.threads} threads, "
+        f"`{command}`, {date.today()}, commit {commit}. {platform.processor() or platform.machine()}, {args.threads} threads, "
         f"torch {torch.__version__}, load {load} at the end.",
         "",
         f"{args.tokens:,} tokens of width {args.width}, {args.experts} experts of width {args.hidden} (SwiGLU), {args.top_k} of a token. "
