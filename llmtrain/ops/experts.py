@@ -83,12 +83,10 @@ def permute_reference(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Ten
 def unpermute_reference(rows: Tensor, order: Tensor, probs: Tensor) -> Tensor:
     """Undo `permute`: out[n] = sum over slots of probs[n, slot] * its row; rows [N*k,D], probs [N,k] -> [N,D] in rows' dtype.
 
-    Summed in the wider dtype of rows and probs, as a product of each token's probabilities and rows: one pass where a multiplication and a
-    sum would be two, and a half to two thirds of their time.
+    Summed in the wider dtype of rows and probs.
     """
     copies = rows.index_select(0, inverse(order)).view(*probs.shape, -1)  # [N,k,D]
-    wide = torch.promote_types(rows.dtype, probs.dtype)
-    return torch.bmm(probs.to(wide).unsqueeze(1), copies.to(wide)).squeeze(1).to(rows.dtype)
+    return _WeightedSum.apply(copies, probs)
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -111,3 +109,23 @@ class _Copies(torch.autograd.Function):
         (order,) = ctx.saved_tensors
         back = grad.index_select(0, inverse(order))
         return back.view(-1, ctx.copies, grad.shape[-1]).sum(1), None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Sum over k of probs [N,k] * rows [N,k,D] -> [N,D] in rows' dtype, as a product: one pass, in half the time of a multiplication and a
+    sum. Kept for the backward pass are the rows in their own dtype, not in the wider one in which they are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, probs: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, probs)
+        wide = torch.promote_types(rows.dtype, probs.dtype)
+        return torch.bmm(probs.to(wide).unsqueeze(1), rows.to(wide)).squeeze(1).to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows, probs = ctx.saved_tensors
+        wide = torch.promote_types(rows.dtype, probs.dtype)
+        each = grad.to(wide).unsqueeze(1)  # [N,1,D]
+        of_probs = torch.bmm(rows.to(wide), each.transpose(1, 2)).squeeze(2)
+        return torch.bmm(probs.to(wide).unsqueeze(2), each).to(rows.dtype), of_probs.to(probs.dtype)
