@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from llmtrain_kernels.contract import check_attention
 from llmtrain_kernels.mask import Mask
 from torch import Tensor
 
-from llmtrain.ops.attention import check_attention
 from llmtrain.ops.registry import Call, register
 
 BLOCK = 256

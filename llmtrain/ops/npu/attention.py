@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from llmtrain_kernels.contract import check_attention
 from llmtrain_kernels.mask import Mask
 from torch import Tensor
 
-from llmtrain.ops.attention import check_attention
 from llmtrain.ops.npu import gateway
 from llmtrain.ops.npu.gateway import DTYPES, NAME, SPEED, needs, reject
 from llmtrain.ops.npu.masks import Sparse, sparse
