@@ -62,6 +62,7 @@ def test_the_recorded_signature_is_xformers_own():
     assert own == recorded
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     "mask",
     [Mask(), Mask(window=3), Mask(causal=False), Mask(documents=((7, 11), (18,))), Mask(causal=False, documents=((9, 9), (1, 17)))],

@@ -95,8 +95,15 @@ def run(attention: Attention, call: AttentionCall, tensors: list[Tensor], grads:
     lse = outputs[1] if call.lse else None
     if not backward:
         return Values(outputs[0], lse)
-    found = torch.autograd.grad(outputs, tensors, grads[: len(outputs)])
+    found = gradients(outputs, tensors, grads[: len(outputs)])
     return Values(outputs[0].detach(), None if lse is None else lse.detach(), *found)
+
+
+def gradients(outputs: tuple[Tensor, ...], tensors: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
+    """Zeros for what does not follow from the tensors: an output of queries that see no key may be a constant."""
+    if not any(output.requires_grad for output in outputs):
+        return tuple(torch.zeros_like(x) for x in tensors)
+    return torch.autograd.grad(outputs, tensors, grads, allow_unused=True, materialize_grads=True)
 
 
 def check_mask(
@@ -137,7 +144,7 @@ def shown_by_gradients(attention: Attention, call: AttentionCall, *, dtype: torc
         v = torch.zeros(call.rows, call.kv_heads, call.keys, call.dv, dtype=dtype, device=device, requires_grad=True)
         grad = torch.zeros(call.rows, call.heads, call.queries, call.dv, dtype=dtype, device=device)
         grad[:, :, first : first + count, :count] = torch.eye(count, dtype=dtype, device=device)
-        (found,) = torch.autograd.grad(attention(q, k, v, **call.options()), v, grad)
+        (found,) = gradients((attention(q, k, v, **call.options()),), [v], [grad])
         parts.append(_agreed(found[..., :count] > 0).transpose(1, 2))
     return torch.cat(parts, 1)
 
