@@ -95,9 +95,10 @@ $(KERNELS_VENV)/.installed: setup.py pyproject.toml
 	$(KERNELS_VENV)/bin/pip install --quiet --no-deps xformers==0.0.35
 	touch $@
 
-$(ASCEND_VENV)/.installed: Makefile
+$(ASCEND_VENV)/.installed:
 	$(PYTHON) -m venv $(ASCEND_VENV)
 	$(ASCEND_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(ASCEND_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
 	$(ASCEND_VENV)/bin/pip install --quiet triton-ascend==3.2.0 ascendnpu-ir==1.2.0 'numpy<2' pybind11 attrs psutil
 	touch $@
 
