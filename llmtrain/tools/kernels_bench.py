@@ -1,7 +1,8 @@
 """Times and errors of every implementation of an op that serves a call, at the user's own shapes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.device import Device
-from llmtrain.ops import Call, Implementation, KernelUnavailable, Ops, choose, implementations
+from llmtrain.ops import Call, Implementation, Ops, choose, implementations
 from llmtrain.tools.kernels_shape import Shape, case
 from llmtrain.tools.progress import Progress
 from llmtrain.tools.selftest.kernel_cases import Case
@@ -41,7 +42,7 @@ class Row:
     gradient_error: float | None = None
     flops: float | None = None
     """Of the forward pass, masked pairs not counted; attention only."""
-    times: list[tuple[float, float | None]] = field(default_factory=list, repr=False)
+    times: list[tuple[float, float]] = field(default_factory=list, repr=False)
 
     def public(self) -> dict[str, Any]:
         """For JSON."""
@@ -58,24 +59,33 @@ def _bench_op(op: str, shape: Shape, call: Call, device: Device, rounds: int) ->
     call = replace(call, **full.facts)
     if not call.backward:
         full.grad = small.grad = ()
-    rows, functions = {}, {}
-    for entry in implementations(op):
-        row = rows[entry.name] = Row(op, entry.name)
-        row.why = entry.refusal(call) or _too_large(entry, shape, device) or ""
-        row.state = "refused" if row.why else "available"
-        if not row.why:
-            functions[entry.name] = _function(entry, call)
-    try:
-        chosen = choose(op, call)
-        rows[chosen.name].state, rows[chosen.name].why = "chosen", chosen.reason
-    except KernelUnavailable as error:
-        raise KernelUnavailable(f"{error}. Nothing to measure") from None
+    rows = {entry.name: _row(entry, call, shape, device) for entry in implementations(op)}
+    functions = {entry.name: _function(entry, call) for entry in implementations(op) if rows[entry.name].state != "refused"}
     _measure_errors(rows, functions, small, call)
-    _measure_times(rows, functions, full, call, device, rounds)
+    alive = {name: function for name, function in functions.items() if rows[name].state != "failed"}
+    _measure_times(rows, alive, full, call, device, rounds)
     if op == "attention":
-        for name in functions:
+        for name in alive:
             rows[name].flops = 2.0 * shape.pairs() * shape.heads * (shape.head_dim + shape.value_head_dim)
     return list(rows.values())
+
+
+def _row(entry: Implementation, call: Call, shape: Shape, device: Device) -> Row:
+    """Whether it serves, and whether it is what `auto` takes. Raises KernelUnavailable if nothing serves."""
+    chosen = choose(entry.op, call)
+    if refusal := entry.refusal(call) or _too_large(entry, shape, device):
+        return Row(entry.op, entry.name, "refused", refusal)
+    return Row(entry.op, entry.name, "chosen", chosen.reason) if entry.name == chosen.name else Row(entry.op, entry.name)
+
+
+@contextmanager
+def _surviving(row: Row) -> Iterator[None]:
+    """What goes wrong inside is said in the row, and the others go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        short = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).partition("\n")[0]
+        row.state, row.why, row.times = "failed", short, []
 
 
 def _function(entry: Implementation, call: Call) -> Callable:
@@ -98,10 +108,11 @@ def _measure_errors(rows: dict[str, Row], functions: dict[str, Callable], case: 
     exact = evaluate(case, plain, torch.float64, device, rounded=call.dtype)
     with Progress("errors", len(functions), "implementations") as progress:
         for done, (name, function) in enumerate(functions.items(), 1):
-            ours = evaluate(case, function, call.dtype, torch.device(call.device))
-            errors = {part: difference(value, exact[part]) for part, value in ours.items()}
-            rows[name].error = max(error for part, error in errors.items() if not part.startswith("d "))
-            rows[name].gradient_error = max((error for part, error in errors.items() if part.startswith("d ")), default=None)
+            with _surviving(rows[name]):
+                ours = evaluate(case, function, call.dtype, torch.device(call.device))
+                errors = {part: difference(value, exact[part]) for part, value in ours.items()}
+                rows[name].error = max(error for part, error in errors.items() if not part.startswith("d "))
+                rows[name].gradient_error = max((error for part, error in errors.items() if part.startswith("d ")), default=None)
             progress.at(done)
 
 
@@ -115,7 +126,9 @@ def _measure_times(rows: dict[str, Row], functions: dict[str, Callable], case: C
                 progress.at(number * len(functions) + place)
                 if left[name] == 0:
                     continue
-                seconds = _timed(rows[name], functions[name], case, tensors, call, device)
+                seconds = None
+                with _surviving(rows[name]):
+                    seconds = _timed(functions[name], case, tensors, call, device)
                 if seconds is None:
                     left[name] = 0
                 elif number == 0:
@@ -129,25 +142,21 @@ def _measure_times(rows: dict[str, Row], functions: dict[str, Callable], case: C
             row.forward, row.backward = median(forward), median(backward) if call.backward else None
 
 
-def _timed(row: Row, function: Callable, case: Case, tensors: dict[str, Tensor], call: Call, device: Device) -> tuple[float, float] | None:
-    """Seconds of a forward and a backward pass (0 without one); None, and a word in the row, where the memory does not suffice."""
-    try:
-        device.synchronize()
-        start = time.perf_counter()
-        outputs = list(case.call(function, tensors).values())
-        device.synchronize()
-        middle = time.perf_counter()
-        if not call.backward:
-            return middle - start, 0.0
-        slopes = [torch.ones_like(x) for x in outputs]
-        device.synchronize()
-        begin = time.perf_counter()
-        torch.autograd.grad(outputs, [tensors[name] for name in case.grad], slopes)
-        device.synchronize()
-        return middle - start, time.perf_counter() - begin
-    except torch.OutOfMemoryError:
-        row.state, row.why, row.times = "failed", "out of memory", []
-        return None
+def _timed(function: Callable, case: Case, tensors: dict[str, Tensor], call: Call, device: Device) -> tuple[float, float]:
+    """Seconds of a forward and a backward pass, 0 without one."""
+    device.synchronize()
+    start = time.perf_counter()
+    outputs = list(case.call(function, tensors).values())
+    device.synchronize()
+    forward = time.perf_counter() - start
+    if not call.backward:
+        return forward, 0.0
+    slopes = [torch.ones_like(x) for x in outputs]
+    device.synchronize()
+    start = time.perf_counter()
+    torch.autograd.grad(outputs, [tensors[name] for name in case.grad], slopes)
+    device.synchronize()
+    return forward, time.perf_counter() - start
 
 
 def _tensors(case: Case, call: Call, device: Device) -> dict[str, Tensor]:

@@ -123,6 +123,10 @@ def test_an_implementation_that_is_wrong_or_too_large_shows(monkeypatch):
             raise torch.OutOfMemoryError("no more")
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+    @register("attention", "broken", speed=7)
+    def broken(q, k, v, *, mask, **options):
+        raise RuntimeError("no kernel image\nfor this device")
+
     monkeypatch.setattr(kernels_bench, "ERROR_TOKENS", 16)
     monkeypatch.setattr(kernels_bench.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**10})())
     try:
@@ -131,11 +135,13 @@ def test_an_implementation_that_is_wrong_or_too_large_shows(monkeypatch):
         shape = Shape(seq_len=32, heads=2, head_dim=8).complete()
         rows = {row.name: row for row in bench(["attention"], shape, Call("cpu", torch.float32), device=select("cpu"), rounds=1)}
     finally:
-        for name in ("halved", "hungry"):
+        for name in ("halved", "hungry", "broken"):
             unregister("attention", name)
     assert 0.4 < rows["halved"].error < 0.6 and rows["halved"].state == "chosen"
     assert (rows["hungry"].state, rows["hungry"].why, rows["hungry"].forward) == ("failed", "out of memory", None)
     assert rows["hungry"].error < 1e-6
+    assert (rows["broken"].state, rows["broken"].why, rows["broken"].error) == ("failed", "no kernel image", None)
+    assert rows["sdpa"].forward > 0
     assert rows["reference"].state == "refused" and "GiB of scores" in rows["reference"].why
 
 
