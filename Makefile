@@ -1,4 +1,5 @@
-# make quickstart | make test | make test-npu | make lint | make parity | make bench-train. TORCH and TORCH_INDEX choose the build of PyTorch:
+# make quickstart | make test | make test-npu | make test-kernels | make lint | make parity | make bench-train.
+# TORCH and TORCH_INDEX choose the build of PyTorch:
 #   laptop:  TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   Volta:   TORCH_INDEX=https://download.pytorch.org/whl/cu126   (later CUDA builds dropped it)
 #   Ascend:  TORCH=torch==2.13.0 and then `pip install torch-npu==2.13.0` (the pair must match)
@@ -11,7 +12,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test test-torch test-npu parity lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test test-torch test-npu test-kernels parity lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -81,6 +82,35 @@ test-npu:
 	@echo "test-npu: left out, torch_npu has no wheel for $(NPU_MACHINE) (it has for $(NPU_MACHINES))"
 endif
 
+# The kernels with the compilers that they are written for (docs/kernels.md): Triton's interpreter, code for GPUs and NPUs that are not here.
+# It needs neither a GPU nor an NPU, but g++. triton-ascend is a package `triton` of its own, so it lives in another environment.
+KERNELS_VENV = .kernels-venv
+ASCEND_VENV = .ascend-venv
+NVRTC = nvidia-cuda-nvrtc-cu12==12.9.* nvidia-cuda-runtime-cu12==12.9.* nvidia-cuda-cccl-cu12==12.9.*
+$(KERNELS_VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(KERNELS_VENV)
+	$(KERNELS_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(KERNELS_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
+	$(KERNELS_VENV)/bin/pip install --quiet triton==3.9.0 $(NVRTC) pytest pytest-xdist pytest-timeout hypothesis -e .
+	$(KERNELS_VENV)/bin/pip install --quiet --no-deps xformers==0.0.35
+	touch $@
+
+$(ASCEND_VENV)/.installed:
+	$(PYTHON) -m venv $(ASCEND_VENV)
+	$(ASCEND_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(ASCEND_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
+	$(ASCEND_VENV)/bin/pip install --quiet triton-ascend==3.2.0 ascendnpu-ir==1.2.0 'numpy<2' pybind11 attrs psutil
+	touch $@
+
+ifeq ($(NPU_MACHINE),Linux-x86_64)
+test-kernels: $(KERNELS_VENV)/.installed $(ASCEND_VENV)/.installed
+	LLMTRAIN_ASCEND_PYTHON=$(CURDIR)/$(ASCEND_VENV)/bin/python TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+		$(KERNELS_VENV)/bin/python -m pytest tests/kernels -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+else
+test-kernels:
+	@echo "test-kernels: left out on $(NPU_MACHINE): its packages have wheels for Linux-x86_64"
+endif
+
 # Every mesh against one process, in float64 and float32 -> docs/parity.md. About 20 minutes on 2 cores.
 parity: install-test
 	$(BIN)/python tests/parallel/matrix.py $(ARGS)
@@ -103,4 +133,4 @@ bench-train: .bench-venv/.installed
 	.bench-venv/bin/python bench/train.py --memory
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) .bench-venv build dist *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) $(KERNELS_VENV) $(ASCEND_VENV) .bench-venv build dist *.egg-info

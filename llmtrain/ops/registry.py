@@ -125,9 +125,10 @@ def register(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function as implementation `name` of `op`.
 
-    `speed` orders implementations of one op (the reference has 0); `auto` takes the highest that serves. `probe()` says why it cannot be
-    used on this machine at all (asked once), `supports(call)` why it cannot serve a call; both return None when it can.
-    The functions chosen for the ops `parts` are passed to it before its arguments. Raises ValueError when the pair is already registered.
+    `speed` orders implementations of one op (the reference has 0, those below it are only taken when named); `auto` takes the highest that
+    serves. `probe()` says why it cannot be used on this machine at all (asked once), `supports(call)` why it cannot serve a call; both
+    return None when it can. The functions chosen for the ops `parts` are passed to it before its arguments. Raises ValueError when the
+    pair is already registered.
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from llmtrain_kernels.contract import check_attention
 from llmtrain_kernels.mask import Mask
 from torch import Tensor
 
-from llmtrain.ops.attention import check_attention
+from llmtrain.ops.attention_shapes import narrow, one_width
 from llmtrain.ops.registry import Call, register
 
 BLOCK = 256
@@ -52,21 +53,13 @@ def attention_sdpa(
     check_attention(q, k, v, mask, q_offset=q_offset, kv_offset=kv_offset)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     value_dim = v.shape[-1]
-    q, k, v = _same_head_dim(q, k, v)
+    q, k, v = one_width(q, k, v)  # the fused kernels want one head dim, and without them all scores are held
     call = _Lowering(mask, scale=scale, q_offset=q_offset, kv_offset=kv_offset)
     if mask.documents is None:
         out = call.row(q, k, v, None)
     else:
         out = call.documents(q, k, v)
-    return out[..., :value_dim]
-
-
-def _same_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad the narrower of q.k and v with zeros: the fused kernels want one head dim, and without them all scores are held."""
-    extra = q.shape[-1] - v.shape[-1]
-    if extra > 0:
-        return q, k, F.pad(v, (0, extra))
-    return (F.pad(q, (0, -extra)), F.pad(k, (0, -extra)), v) if extra else (q, k, v)
+    return narrow(out, value_dim)
 
 
 class _Lowering:

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from llmtrain_kernels.contract import check_attention
 from llmtrain_kernels.mask import Mask
 from torch import Tensor
 
-from llmtrain.ops.attention import check_attention
 from llmtrain.ops.registry import Call, register
 from llmtrain.ops.sdpa import attention_sdpa
 

@@ -8,11 +8,11 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from llmtrain_kernels.contract import check_attention
 from llmtrain_kernels.mask import Mask
 from torch import Tensor
 
-from llmtrain.ops.attention import check_attention
+from llmtrain.ops.attention_shapes import narrow, one_width, packed_lengths
 from llmtrain.ops.npu import gateway
 from llmtrain.ops.npu.gateway import DTYPES, NAME, SPEED, needs, reject
 from llmtrain.ops.npu.masks import Sparse, sparse
@@ -67,7 +67,7 @@ def attention_npu(
     if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise reject("attention", "return_lse=True with gradients", "torch.no_grad(), since the operator's log-sum-exp has none")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    lengths = mask.once("packed lengths", _packed_lengths)
+    lengths = packed_lengths(mask)
     shift = q_offset - kv_offset
     plain = sparse(mask, queries=q.shape[2], keys=k.shape[2], shift=shift)
     packable = lengths is None or (shift == 0 and q.shape[2] == k.shape[2])
@@ -94,28 +94,9 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise reject(op, f"{q.shape[1]} heads of {max(q.shape[-1], v.shape[-1])}", f"up to {MOST_HEADS} heads of up to {LARGEST_HEAD}")
 
 
-def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad the narrower of (q, k) and v with zeros, which change nothing."""
-    wide = max(q.shape[-1], v.shape[-1])
-    q, k, v = (x if x.shape[-1] == wide else F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
-    return q, k, v
-
-
-def narrow(x: Tensor, width: int) -> Tensor:
-    """The first `width` of the last dim."""
-    return x if x.shape[-1] == width else x[..., :width]
-
-
 def log_sum_exp(softmax_max: Tensor, softmax_sum: Tensor) -> Tensor:
     """[..,8] each, eight equal numbers, -> [..]."""
     return softmax_max[..., 0] + softmax_sum[..., 0].log()
-
-
-def _packed_lengths(mask: Mask) -> list[int] | None:
-    """Lengths of all documents of all rows, or None if every row is one."""
-    if mask.documents is None or all(len(row) == 1 for row in mask.documents):
-        return None
-    return [length for row in mask.documents for length in row]
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, kind: Sparse, scale: float) -> tuple[Tensor, Tensor]:

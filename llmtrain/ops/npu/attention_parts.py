@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from llmtrain.ops.attention_shapes import narrow, one_width
 from llmtrain.ops.npu import gateway
-from llmtrain.ops.npu.attention import check_heads, log_sum_exp, narrow, one_width, supports_heads
+from llmtrain.ops.npu.attention import check_heads, log_sum_exp, supports_heads
 from llmtrain.ops.npu.gateway import DTYPES, NAME, SPEED, needs, reject
 from llmtrain.ops.npu.masks import CAUSAL, FULL, Sparse
 from llmtrain.ops.registry import register
