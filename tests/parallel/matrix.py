@@ -1,6 +1,7 @@
 """The whole parity matrix: `make parity` runs every row in float64 and float32 and writes docs/parity.md.
 
-Ends with 1 if a row fails. `--only TEXT` runs the rows whose name has TEXT in it and prints them without writing the page.
+Ends with 1 if a row fails. `--only TEXT` runs the rows whose name has TEXT in it and prints them without writing the page; `--missing` runs
+those that the page lacks and adds them to it.
 """
 
 import argparse
@@ -81,20 +82,26 @@ norm:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the parity matrix; write docs/parity.md.")
     parser.add_argument("--only", help="run only rows whose name contains this; prints and writes nothing")
+    parser.add_argument("--missing", action="store_true", help="run only rows that the page lacks, and add them to it")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md")
     options = parser.parse_args()
-    rows = [row for row in ROWS if options.only is None or options.only in row.name]
-    faults = FAULTS if options.only is None else {}
+    written = options.out.read_text() if options.missing else ""
+    rows = [row for row in ROWS if (options.only is None or options.only in row.name) and line_start(row) not in written]
+    everything = options.only is None and not options.missing
+    faults = FAULTS if everything else {}
     if not rows:
-        parser.error(f"no row's name contains {options.only!r}")
+        parser.error(f"{options.out} has every row" if options.missing else f"no row's name contains {options.only!r}")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of the processes of the worlds
     started, commit = time.monotonic(), commit_name()
     runs = run_all(scenarios(rows, faults))
     verdicts = [Verdict.of(row, runs) for row in rows]
     seen = [fault_line(name, row, runs) for name, row in faults.items()]
     failed = [v for v in verdicts if not v.passed]
-    if options.only is None:
+    if options.missing:
+        options.out.write_text(with_rows(written, verdicts, commit))
+    elif everything:
         options.out.write_text(page(verdicts, [line for line, _ in seen], commit=commit, minutes=(time.monotonic() - started) / 60))
+    if everything or options.missing:
         print(f"{options.out} written")
     else:
         print(table(verdicts))
@@ -234,6 +241,19 @@ def table(verdicts: list[Verdict]) -> str:
     head = ["ranks", "mesh", "model", "options", "loss", "gradient", "norm", "routing", "float32 loss", "control", "nudged", ""]
     lines = [head, ["---"] * len(head), *(verdict.cells() for verdict in verdicts)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def line_start(row: Row) -> str:
+    """How the row's line in the table begins."""
+    return f"| {row.shape.world} | {row.mesh} | {row.model} | {row.details} |"
+
+
+def with_rows(text: str, verdicts: list[Verdict], commit: str) -> str:
+    """A page with more rows, which were run at another commit."""
+    before, heading, after = text.partition("\n## Broken on purpose\n")
+    failed = sum(not verdict.passed for verdict in verdicts)
+    said = f"Run later, on {date.today().isoformat()} from commit {commit}: {len(verdicts)} rows, {failed} failed."
+    return f"{before}\n{said}\n\n{table(verdicts)}\n{heading}{after}"
 
 
 def fault_line(name: str, row: Row, runs: dict[str, dict | str]) -> tuple[str, bool]:
