@@ -132,7 +132,8 @@ def clear_dtensor_caches() -> None:
     """Forget how DTensors of former meshes were sharded: these entries name groups, and a later mesh that is equal would find them."""
     from torch.distributed.tensor import _redistribute, debug
 
-    debug._clear_sharding_prop_cache()
+    debug._clear_python_sharding_prop_cache()
+    debug._clear_fast_path_sharding_prop_cache()
     _redistribute._gen_transform_infos.cache_clear()
 
 

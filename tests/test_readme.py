@@ -79,7 +79,8 @@ def shortened(words: list[str]) -> list[str]:
 def recipe(target: str, *settings: str) -> list[str]:
     """What `make TARGET` would run."""
     command = ["make", "-n", "-B", "-C", str(ROOT), target, *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}  # of the make that runs this
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

@@ -97,10 +97,10 @@ class Lab:
         return process
 
     def command(self, *argv: str, timeout: float = 120, **options) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr) of `llmtrain ARGV`."""
+        """(exit code, stdout, stderr) of `llmtrain ARGV`, less what gloo of torch 2.10 prints to stdout."""
         process = self.start(*argv, **options)
         out, err = process.communicate(timeout=timeout)
-        return process.returncode, out, err
+        return process.returncode, "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")), err
 
     def train(self, name: str, *argv: str, config: str = "base.yaml", code: int = 0, **options) -> Run:
         """A run to its end, which must have this exit code."""

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hang_runs import STEP, TIMEOUT, Case, run_all
+from hang_runs import OLD_GLOO, STEP, TIMEOUT, Case, run_all
 
 DP = ("--parallel.dp_shard", "2")
 DP_4, REPLICAS = ("--parallel.dp_shard", "4"), ("--parallel.dp_replicate", "2")
@@ -115,6 +115,9 @@ def test_a_rank_that_is_killed(faults):
 def test_sleep_in_each_axis(axes, axis):
     found, (case, there, last) = axes[axis], AXES[axis]
     assert found.code == 3 and found.left == 0 and found.in_time()
+    if OLD_GLOO and axis == "efsdp":  # rank 3 waits in C++, unseen; rank 0 waits for rank 1 too, in another group
+        assert "rank 1 did not arrive at all_to_all of group ep; rank 0" in found.err
+        return
     assert_absent(found, axis, case.fault["op"], there=there, last=last)
 
 
