@@ -37,7 +37,7 @@ def attention_forward(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of ROWS queries of one head. `scale` is in units of log 2, `lse` [B,H,S] in natural ones; `task`: the first of this launch."""
+    """A block of ROWS queries of one head. `scale` counts in log 2, `lse` [B,H,S] in natural logarithms; `task`: first of this launch."""
     blocks = (queries + ROWS - 1) // ROWS
     task = task + tl.program_id(0)
     line = task // blocks

@@ -63,17 +63,8 @@ class Launch:
     def _delta(self, grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
         delta = torch.empty_like(lse)
         rows = self._tile(DELTA).queries
-        args = (
-            out,
-            grad,
-            lse,
-            lse if grad_lse is None else grad_lse,
-            delta,
-            *out.stride()[:3],
-            *grad.stride()[:3],
-            self.heads,
-            self.queries,
-        )
+        strides = (*out.stride()[:3], *grad.stride()[:3])
+        args = (out, grad, lse, lse if grad_lse is None else grad_lse, delta, *strides, self.heads, self.queries)
         sizes = {"HAS_GRAD_LSE": grad_lse is not None, "DV": self.dv, "DV_PAD": padded(self.dv), "ROWS": rows}
         self._grid(attention_delta, self._blocks(self.queries, rows) * self.heads, args, sizes)
         return delta

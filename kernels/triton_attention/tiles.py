@@ -1,8 +1,7 @@
 """Block sizes by chip, kernel, head dim and dtype.
 
-CUDA: reasoned from the shared memory and registers of a chip and from published kernels, compiled for sm_80 and sm_90 (no spills in 16 bits
-up to head dim 128), untuned: no GPU has timed them. Ascend: chosen by compiling, not run on hardware: `llmtrain_kernels.triton_attention.ascend`
-tries the candidates, and of those that fit the buffers the largest is shipped.
+CUDA: reasoned from the shared memory and registers of a chip, and compiled; untuned, no GPU has timed them. Ascend: chosen by compiling,
+not run on hardware: `llmtrain_kernels.triton_attention.ascend` tries candidates, and the largest that fits the buffers is shipped.
 """
 
 from collections.abc import Mapping
