@@ -8,6 +8,6 @@ On an NPU it has not been run: what was checked is said in `tiles`.
 """
 
 from llmtrain_kernels.triton_attention.available import unavailable
-from llmtrain_kernels.triton_attention.op import attention
+from llmtrain_kernels.triton_attention.op import WIDEST, attention
 
-__all__ = ["attention", "unavailable"]
+__all__ = ["WIDEST", "attention", "unavailable"]

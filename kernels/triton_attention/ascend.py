@@ -62,10 +62,9 @@ def _backend(soc: str) -> tuple[Any, Any]:
 def lowered(kernel: str, size: Tile, *, d: int, dv: int, dtype: str = "bf16", soc: str = "Ascend910B2") -> str:
     """The kernel in MLIR of upstream dialects (linalg), as triton-ascend hands it to bishengir-compile."""
     ascend, backend = _backend(soc)
+    from llmtrain_kernels.triton_attention.signatures import signature
     from triton._C.libtriton import ir
     from triton.compiler import ASTSource
-
-    from llmtrain_kernels.triton_attention.signatures import signature
 
     shape = signature(kernel, size, d=d, dv=dv, dtype=dtype)
     source = ASTSource(fn=shape.function, signature=shape.types | dict.fromkeys(shape.constants, "constexpr"), constants=shape.constants)

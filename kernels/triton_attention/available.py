@@ -1,7 +1,10 @@
-"""Whether Triton can serve a kind of device here, found without importing it."""
+"""Whether Triton can serve a kind of device here, and which chip it is; found without importing Triton."""
 
 import importlib.util
 import os
+
+import torch
+from llmtrain_kernels.triton_attention import tiles
 
 INTERPRETER = "TRITON_INTERPRET"
 
@@ -17,3 +20,12 @@ def unavailable(device: str) -> str | None:
     if device != "cpu" and interpreted:
         return f"would be interpreted: {INTERPRETER}=1 is set"
     return None
+
+
+def chip(device: torch.device) -> str:
+    """The key of the tables of tiles for a device; one that they may lack."""
+    if device.type == "cpu":
+        return "interpreter"
+    if device.type == "cuda":
+        return tiles.cuda_chip(torch.cuda.get_device_capability(device))
+    return tiles.ascend_chip(torch.get_device_module(device).get_device_name(device))

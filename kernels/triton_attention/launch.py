@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from llmtrain_kernels.triton_attention import tiles
+from llmtrain_kernels.triton_attention.available import chip
 from llmtrain_kernels.triton_attention.backward import attention_backward_kv, attention_backward_q, attention_delta
 from llmtrain_kernels.triton_attention.blocks import LOG2E
 from llmtrain_kernels.triton_attention.forward import attention_forward
@@ -13,15 +14,6 @@ from torch import Tensor
 
 MOST_BLOCKS = {"npu": 65520}
 """Blocks of a launch; CANN counts them in 16 bits. A multiple of 16, since Triton compiles again for others."""
-
-
-def chip(device: torch.device) -> str:
-    """The key of the tables of tiles for a device."""
-    if device.type == "cpu":
-        return "interpreter"
-    if device.type == "cuda":
-        return tiles.cuda_chip(torch.cuda.get_device_capability(device))
-    return tiles.ascend_chip(torch.get_device_module(device).get_device_name(device))
 
 
 class Launch:
