@@ -19,6 +19,7 @@ from llmtrain.ops import (
     rope,
     sdpa,
     tiled_attention,
+    triton_pointwise,
 )
 from llmtrain.ops.decode_attention import KeyLengths
 from llmtrain.ops.registry import Call, Choice, Implementation, KernelUnavailable, Ops, choose, implementations, op_names, register, resolve
@@ -49,4 +50,5 @@ __all__ = [
     "rope",
     "sdpa",
     "tiled_attention",
+    "triton_pointwise",
 ]
