@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from llmtrain_kernels.triton_attention.blocks import LOG2E, load_line, load_rows, store_rows, tiles
+from llmtrain_kernels.triton_attention.blocks import LOG2E, load_line, load_rows, product, store_rows, tiles
 
 
 @triton.jit
@@ -35,12 +35,12 @@ def _query_tile(
     start = tile * COLUMNS
     key = load_rows(k, start, k_row, keys, D, D_PAD, COLUMNS, MASKED)
     value = load_rows(v, start, v_row, keys, DV, DV_PAD, COLUMNS, MASKED)
-    weights = tl.exp2(tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale - shift[:, None])
+    weights = tl.exp2(product(query, tl.trans(key), PRECISION) * scale - shift[:, None])
     if MASKED:
         place = (start + tl.arange(0, COLUMNS))[None, :]
         weights = tl.where((place >= low[:, None]) & (place < high[:, None]), weights, 0.0)
-    change = weights * (tl.dot(slope, tl.trans(value), input_precision=PRECISION) - lost[:, None])
-    return sums + tl.dot(change.to(key.dtype), key, input_precision=PRECISION)
+    change = weights * (product(slope, tl.trans(value), PRECISION) - lost[:, None])
+    return sums + product(change.to(key.dtype), key, PRECISION)
 
 
 @triton.jit
@@ -96,13 +96,13 @@ def _key_tile(
     slope = load_rows(grad, start, grad_row, queries, DV, DV_PAD, ROWS, MASKED)
     shift = load_line(lse, start, queries, ROWS) * LOG2E
     lost = load_line(delta, start, queries, ROWS)
-    weights = tl.exp2(tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale - shift[None, :])
+    weights = tl.exp2(product(key, tl.trans(query), PRECISION) * scale - shift[None, :])
     if MASKED:
         place = (start + tl.arange(0, ROWS))[None, :]
         weights = tl.where((place >= low[:, None]) & (place < high[:, None]), weights, 0.0)
-    sums_v += tl.dot(weights.to(slope.dtype), slope, input_precision=PRECISION)
-    change = weights * (tl.dot(value, tl.trans(slope), input_precision=PRECISION) - lost[None, :])
-    sums_k += tl.dot(change.to(query.dtype), query, input_precision=PRECISION)
+    sums_v += product(weights.to(slope.dtype), slope, PRECISION)
+    change = weights * (product(value, tl.trans(slope), PRECISION) - lost[None, :])
+    sums_k += product(change.to(query.dtype), query, PRECISION)
     return sums_k, sums_v
 
 

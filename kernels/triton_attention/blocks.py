@@ -30,6 +30,15 @@ def load_rows(base, start, stride, limit, WIDTH: tl.constexpr, PADDED: tl.conste
 
 
 @triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a @ b, summed in fp32. PRECISION: what tl.dot takes, or "widened", since Triton's interpreter multiplies bf16 as whole numbers."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
 def store_rows(base, start, stride, limit, values, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """[ROWS,PADDED] in fp32 -> rows start.. of a matrix, cast to its dtype; what lies beyond the edges is dropped."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from llmtrain_kernels.triton_attention.blocks import FAR, LN2, load_line, load_rows, store_rows, tiles
+from llmtrain_kernels.triton_attention.blocks import FAR, LN2, load_line, load_rows, product, store_rows, tiles
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def _tile(
     """One tile of keys added to maximum, sum and weighted values of the rows."""
     start = tile * COLUMNS
     key = load_rows(k, start, k_row, keys, D, D_PAD, COLUMNS, MASKED)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    scores = product(query, tl.trans(key), PRECISION)
     if MASKED:
         place = (start + tl.arange(0, COLUMNS))[None, :]
         seen = (place >= first[:, None]) & (place < last[:, None])
@@ -25,7 +25,7 @@ def _tile(
         weights = tl.where(seen, weights, 0.0)  # a row that has seen no key yet has FAR as its maximum
     shrink = tl.exp2(top - higher)
     value = load_rows(v, start, v_row, keys, DV, DV_PAD, COLUMNS, MASKED)
-    sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+    sums = sums * shrink[:, None] + product(weights.to(value.dtype), value, PRECISION)
     return higher, total * shrink + tl.sum(weights, 1), sums
 
 

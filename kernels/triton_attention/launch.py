@@ -73,7 +73,8 @@ class Launch:
         return self.batch * -(-places // size)
 
     def _run(self, kernel: Any, blocks: int, args: tuple, tile: tiles.Tile) -> None:
-        columns = {"ROWS": tile.queries, "COLUMNS": tile.keys, "PRECISION": "ieee", "num_warps": tile.warps, "num_stages": tile.stages}
+        precision = "widened" if self.chip == "interpreter" else "ieee"
+        columns = {"ROWS": tile.queries, "COLUMNS": tile.keys, "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages}
         self._grid(kernel, blocks, args, self.sizes | columns)
 
     def _grid(self, kernel: Any, blocks: int, args: tuple, sizes: dict[str, Any]) -> None:
