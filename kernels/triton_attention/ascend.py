@@ -22,7 +22,7 @@ from typing import Any
 
 from llmtrain_kernels.triton_attention.tiles import KERNELS, Tile, ascend_chip, tile
 
-HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128))
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 DTYPES = {"bf16": 2, "fp32": 4}
 """fp16 needs what bf16 needs."""
 
@@ -114,8 +114,8 @@ def check(soc: str) -> int:
 
 def search(soc: str, kernels: tuple[str, ...] = KERNELS[:3]) -> None:
     """Print, for each kernel, head dim and dtype, which candidates fit, the largest first, up to the first two."""
-    sizes = sorted(((a, b) for a in EDGES for b in EDGES if max(a, b) <= 4 * min(a, b)), key=lambda size: (-size[0] * size[1], -size[0]))
-    for d, dv in HEAD_DIMS:
+    sizes = sorted(((a, b) for a in EDGES for b in EDGES if max(a, b) <= 4 * min(a, b)), key=lambda size: (-size[0] * size[1], max(size)))
+    for d, dv in ((64, 64), (128, 128), (192, 128), (256, 256)):  # 96 is padded to 128
         for dtype in DTYPES:
             for kernel in kernels:
                 fitting: list[str] = []

@@ -75,6 +75,8 @@ class Launch:
     def _run(self, kernel: Any, blocks: int, args: tuple, tile: tiles.Tile) -> None:
         precision = "widened" if self.chip == "interpreter" else "ieee"
         columns = {"ROWS": tile.queries, "COLUMNS": tile.keys, "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages}
+        if self.q.device.type == "cuda":
+            columns["enable_fp_fusion"] = True  # scaling and subtracting the maximum in one instruction; from 3.10 on not the default
         self._grid(kernel, blocks, args, self.sizes | columns)
 
     def _grid(self, kernel: Any, blocks: int, args: tuple, sizes: dict[str, Any]) -> None:

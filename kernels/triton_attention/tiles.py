@@ -1,11 +1,12 @@
-"""Block sizes by chip, kernel, head dim and dtype.
+"""Block sizes by chip, kernel, head dims and dtype.
 
-CUDA: reasoned from the shared memory and registers of a chip, and compiled; untuned, no GPU has timed them. Ascend: chosen by compiling,
-not run on hardware: `llmtrain_kernels.triton_attention.ascend` tries candidates, and the largest that fits the buffers is shipped.
+CUDA: reasoned from shared memory and registers, and compiled (what that showed is in docs/kernels.md); untuned, no GPU has timed them.
+Ascend: chosen by compiling, not run on hardware: of the candidates that `llmtrain_kernels.triton_attention.ascend --search` tries, the
+largest that fits the buffers of the chip, and of two equal ones the squarer.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 FORWARD, BACKWARD_Q, BACKWARD_KV, DELTA = KERNELS = ("forward", "backward_q", "backward_kv", "delta")
 
@@ -20,53 +21,54 @@ class Tile(NamedTuple):
 
 
 Widths = Mapping[int, Tile]
-"""Wider of the two padded head dims -> tile."""
+"""Row of a table (see `width`) -> tile."""
 
 
-def padded(width: int) -> int:
+def padded(size: int) -> int:
     """The power of two, at least 16, that holds a head dim: products need it."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def width(d: int, dv: int) -> int:
+    """What a tile has to hold of a row: the padded head dims of q and v together, 128 for 64 and 384 for 192 with 128."""
+    return max(padded(d), padded(dv)) + padded(dv)
 
 
 NARROW: Mapping[str, Mapping[str, Widths]] = {
     "sm_80": {
-        FORWARD: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
-        BACKWARD_Q: {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
-        BACKWARD_KV: {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
+        FORWARD: {128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3), 384: Tile(64, 32, 4, 2), 512: Tile(64, 32, 8, 2)},
+        BACKWARD_Q: {128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2), 384: Tile(64, 32, 8, 1), 512: Tile(64, 32, 8, 1)},
+        BACKWARD_KV: {128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 4, 2), 384: Tile(32, 64, 8, 1), 512: Tile(32, 64, 8, 1)},
     },
     "sm_90": {
-        FORWARD: {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-        BACKWARD_Q: {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
-        BACKWARD_KV: {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 64, 8, 1)},
+        FORWARD: {128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 3), 384: Tile(128, 64, 8, 2), 512: Tile(64, 64, 8, 2)},
+        BACKWARD_Q: {128: Tile(128, 64, 8, 2), 256: Tile(128, 64, 8, 2), 384: Tile(64, 32, 4, 1), 512: Tile(64, 32, 8, 1)},
+        BACKWARD_KV: {128: Tile(64, 128, 8, 2), 256: Tile(64, 64, 8, 2), 384: Tile(32, 64, 8, 2), 512: Tile(32, 32, 8, 1)},
     },
     "sm_86": {
-        FORWARD: {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
-        BACKWARD_Q: {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
-        BACKWARD_KV: {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 1)},
+        FORWARD: {128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2), 384: Tile(64, 32, 4, 1), 512: Tile(64, 32, 8, 1)},
+        BACKWARD_Q: {128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2), 384: Tile(32, 32, 4, 1), 512: Tile(32, 32, 4, 1)},
+        BACKWARD_KV: {128: Tile(32, 64, 4, 2), 256: Tile(32, 64, 4, 2), 384: Tile(32, 32, 4, 1), 512: Tile(32, 32, 4, 1)},
     },
     "Ascend910B": {
-        FORWARD: {64: Tile(128, 128), 128: Tile(64, 128), 256: Tile(64, 64)},
-        BACKWARD_Q: {64: Tile(64, 64), 128: Tile(64, 64), 256: Tile(32, 32)},
-        BACKWARD_KV: {64: Tile(64, 64), 128: Tile(64, 64), 256: Tile(32, 32)},
+        FORWARD: {256: Tile(128, 128), 384: Tile(128, 128), 512: Tile(64, 128)},
+        BACKWARD_Q: {256: Tile(128, 128), 384: Tile(64, 256), 512: Tile(64, 256)},
+        BACKWARD_KV: {128: Tile(128, 128), 256: Tile(256, 64), 384: Tile(128, 64), 512: Tile(128, 32)},
     },
-    "interpreter": {kernel: {256: Tile(32, 32)} for kernel in KERNELS},
+    "interpreter": {kernel: {512: Tile(32, 32)} for kernel in KERNELS},
 }
 """Tiles of inputs of 16 bits."""
 
 WIDE: Mapping[str, Mapping[str, Widths]] = {
     **{
         chip: {
-            FORWARD: {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1)},
-            BACKWARD_Q: {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-            BACKWARD_KV: {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+            FORWARD: {128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2), 512: Tile(32, 16, 4, 1)},
+            BACKWARD_Q: {128: Tile(32, 32, 4, 2), 256: Tile(32, 32, 4, 1), 512: Tile(16, 16, 4, 1)},
+            BACKWARD_KV: {128: Tile(32, 32, 4, 2), 256: Tile(32, 32, 4, 1), 512: Tile(16, 16, 4, 1)},
         }
         for chip in ("sm_80", "sm_86", "sm_90")
     },
-    "Ascend910B": {
-        FORWARD: {64: Tile(64, 64), 128: Tile(64, 64), 256: Tile(32, 32)},
-        BACKWARD_Q: {64: Tile(64, 32), 128: Tile(32, 32), 256: Tile(16, 16)},
-        BACKWARD_KV: {64: Tile(64, 32), 128: Tile(32, 32), 256: Tile(16, 16)},
-    },
+    "Ascend910B": {**NARROW["Ascend910B"], BACKWARD_Q: {256: Tile(128, 128), 384: Tile(64, 256), 512: Tile(64, 128)}},
     "interpreter": NARROW["interpreter"],
 }
 """Tiles of fp32 inputs, whose products stay in fp32: without tensor cores on CUDA, so for correctness rather than speed."""
@@ -77,15 +79,21 @@ DELTA_ROWS = {64: 128, 128: 64, 256: 32}
 
 def tile(chip: str, kernel: str, *, d: int, dv: int, itemsize: int) -> Tile:
     """The tile of a kernel. Raises ValueError for a head dim above 256 or a chip without tiles."""
-    widest = max(padded(d), padded(dv))
     if chip not in NARROW:
-        raise ValueError(f"kernels.attention=fast has no tiles for {chip}; it has for {', '.join(NARROW)}")
+        raise ValueError(f"attention in Triton has no tiles for {chip}; it has for {', '.join(NARROW)}")
     if kernel == DELTA:
-        return Tile(DELTA_ROWS[next(width for width in DELTA_ROWS if width >= padded(dv))], 0)
-    for width, found in (NARROW if itemsize == 2 else WIDE)[chip][kernel].items():
-        if widest <= width:
+        return Tile(_first(DELTA_ROWS, padded(dv)), 0)
+    return _first((NARROW if itemsize == 2 else WIDE)[chip][kernel], width(d, dv))
+
+
+Found = TypeVar("Found")
+
+
+def _first(table: Mapping[int, Found], size: int) -> Found:
+    for limit, found in table.items():
+        if size <= limit:
             return found
-    raise ValueError(f"kernels.attention=fast takes head dims up to 256, not {max(d, dv)}")
+    raise ValueError("attention in Triton takes head dims up to 256")
 
 
 def cuda_chip(capability: tuple[int, int]) -> str:

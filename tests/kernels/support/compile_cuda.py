@@ -3,12 +3,14 @@
 Prints a JSON list with one object per shipped tile: matrix instructions, shared memory, and what ptxas says of registers and spills.
 """
 
+import contextlib
+import io
 import json
+import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+
+os.environ |= {"TRITON_INTERPRET": "0", "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
 
 import triton
 from llmtrain_kernels.triton_attention.signatures import signature
@@ -29,31 +31,25 @@ def compiled(kernel: str, size: Tile, *, d: int, dv: int, dtype: str, capability
         constexprs={places[name]: value for name, value in shape.constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name in shape.aligned},
     )
-    options = {"num_warps": size.warps, "num_stages": size.stages}
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = result.asm["ptx"]
+    options = {"num_warps": size.warps, "num_stages": size.stages, "enable_fp_fusion": True}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
         "kernel": kernel,
         "d": d,
         "dv": dv,
         "tile": list(size),
-        "products": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k\d+", ptx))),
+        "products": sorted(set(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k\d+", result.asm["ptx"]))),
         "shared": result.metadata.shared,
-        **assembled(ptx, capability),
+        "registers": number(said.getvalue(), " registers"),
+        "spilled": number(said.getvalue(), " bytes spill stores"),
     }
 
 
-def assembled(ptx: str, capability: int) -> dict[str, int]:
-    """Registers a thread and bytes spilled, as the ptxas in Triton's wheel says."""
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    architecture = f"sm_{capability}{'a' if capability >= 90 else ''}"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [program, "-v", f"--gpu-name={architecture}", source, "-o", Path(folder, "kernel.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    numbers = {name: re.search(rf"(\d+){text}", said) for name, text in (("registers", " registers"), ("spilled", " bytes spill stores"))}
-    return {name: int(found.group(1)) for name, found in numbers.items()}
+def number(said: str, text: str) -> int:
+    """The number before a text of ptxas."""
+    return int(re.search(rf"(\d+){text}", said).group(1))
 
 
 def main() -> None:
