@@ -22,10 +22,11 @@ def unavailable(device: str) -> str | None:
     return None
 
 
-def chip(device: torch.device) -> str:
-    """The key of the tables of tiles for a device; one that they may lack."""
-    if device.type == "cpu":
+def chip(kind: str, index: int | None = None) -> str:
+    """The key of the tables of tiles for a device of a kind, the current one by default; a key that they may lack."""
+    if kind == "cpu":
         return "interpreter"
-    if device.type == "cuda":
-        return tiles.cuda_chip(torch.cuda.get_device_capability(device))
-    return tiles.ascend_chip(torch.get_device_module(device).get_device_name(device))
+    if kind == "cuda":
+        return tiles.cuda_chip(torch.cuda.get_device_capability(index))
+    module = torch.get_device_module(kind)
+    return tiles.ascend_chip(module.get_device_name(module.current_device() if index is None else index))

@@ -23,7 +23,7 @@ class Launch:
         self.q, self.k, self.v, self.scale = q, k, v, scale
         self.batch, self.heads, self.queries, self.d = q.shape
         self.kv_heads, self.keys, self.dv = v.shape[1:]
-        self.chip = chip(q.device)
+        self.chip = chip(q.device.type, q.device.index)
         self.intervals = intervals(layout, self.queries, self.keys, q.device)
         self.strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
         self.sizes = {"GROUP": self.heads // self.kv_heads, "D": self.d, "DV": self.dv, "D_PAD": padded(self.d), "DV_PAD": padded(self.dv)}

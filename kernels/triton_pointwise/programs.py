@@ -27,9 +27,9 @@ def rms_norm_backward(grad, x, weight, scale, grad_x, parts, rows, width, each, 
     total = tl.zeros([WIDTH], tl.float32)
     for index in range(each):
         row = program * each + index
-        here = inside & (row < rows)
+        here = inside & (row + 0 * column < rows)  # as vectors: the interpreter takes no mask made of a scalar
         place = row.to(tl.int64) * width + column
-        inverse = tl.load(scale + row, mask=row < rows, other=0.0)
+        inverse = tl.load(scale + tl.minimum(row, rows - 1))
         slope = tl.load(grad + place, mask=here, other=0.0).to(tl.float32)
         normed = tl.load(x + place, mask=here, other=0.0).to(tl.float32) * inverse
         mean = tl.sum(slope * factor * normed, 0) / width

@@ -25,7 +25,7 @@ def _supports(call: Call) -> str | None:
 
 
 def _no_tiles() -> str | None:
-    name = available.chip(torch.device("npu"))
+    name = available.chip("npu")
     return None if name in tiles.NARROW else f"has no tiles for {name}"
 
 

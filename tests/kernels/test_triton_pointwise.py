@@ -4,9 +4,10 @@ import os
 
 import pytest
 
-pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
+# Before Triton is imported: it decides then.
 if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
 
 import torch
 import torch.nn.functional as F

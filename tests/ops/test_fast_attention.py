@@ -58,7 +58,7 @@ def test_without_triton_it_names_the_package(monkeypatch):
     ("name", "reason"), [("Ascend910B2", None), ("Ascend910_9391", None), ("Ascend310P3", "has no tiles for Ascend310P3")]
 )
 def test_an_npu_needs_tiles(name, reason, triton_here, monkeypatch):
-    monkeypatch.setattr(available, "chip", lambda device: tiles.ascend_chip(name))
+    monkeypatch.setattr(available, "chip", lambda kind: tiles.ascend_chip(name))
     call = Call("npu", torch.bfloat16)
     if reason is None:
         assert choose("attention", call, "fast").name == "fast"
