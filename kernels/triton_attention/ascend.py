@@ -112,10 +112,10 @@ def check(soc: str) -> int:
     return misfits
 
 
-def search(soc: str, kernels: tuple[str, ...] = KERNELS[:3]) -> None:
+def search(soc: str, head_dims: tuple[tuple[int, int], ...] = HEAD_DIMS, kernels: tuple[str, ...] = KERNELS[:3]) -> None:
     """Print, for each kernel, head dim and dtype, which candidates fit, the largest first, up to the first two."""
     sizes = sorted(((a, b) for a in EDGES for b in EDGES if max(a, b) <= 4 * min(a, b)), key=lambda size: (-size[0] * size[1], max(size)))
-    for d, dv in ((64, 64), (128, 128), (192, 128), (256, 256)):  # 96 is padded to 128
+    for d, dv in head_dims:
         for dtype in DTYPES:
             for kernel in kernels:
                 fitting: list[str] = []

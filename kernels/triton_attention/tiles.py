@@ -1,8 +1,8 @@
 """Block sizes by chip, kernel, head dims and dtype.
 
-CUDA: reasoned from shared memory and registers, and compiled (what that showed is in docs/kernels.md); untuned, no GPU has timed them.
+CUDA: reasoned from shared memory and registers, and compiled (docs/triton-kernels.md has what that showed); untuned, no GPU has timed them.
 Ascend: chosen by compiling, not run on hardware: of the candidates that `llmtrain_kernels.triton_attention.ascend --search` tries, the
-largest that fits the buffers of the chip, and of two equal ones the squarer.
+largest that fits the buffers of the chip, and of two equal ones the squarer; for head dims of 256 one that fits.
 """
 
 from collections.abc import Mapping
