@@ -13,6 +13,7 @@ from llmtrain.ops import (
     cross_entropy,
     decode_attention,
     experts,
+    fast_attention,
     fast_reference,
     flex_attention,
     norm,
@@ -21,6 +22,7 @@ from llmtrain.ops import (
     rope,
     sdpa,
     tiled_attention,
+    triton_pointwise,
 )
 from llmtrain.ops.decode_attention import KeyLengths
 from llmtrain.ops.registry import Call, Choice, Implementation, KernelUnavailable, Ops, choose, implementations, op_names, register, resolve
@@ -41,6 +43,7 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "experts",
+    "fast_attention",
     "fast_reference",
     "flex_attention",
     "implementations",
@@ -53,4 +56,5 @@ __all__ = [
     "rope",
     "sdpa",
     "tiled_attention",
+    "triton_pointwise",
 ]

@@ -1,0 +1,32 @@
+"""Flash attention in Triton, compiled for GPUs that are not there. What was found is recorded here; no GPU has run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
+SCRIPT = Path(__file__).parent / "support/compile_cuda.py"
+SHARED = {80: 163 << 10, 90: 227 << 10}
+"""Bytes of shared memory that a block may have (CUDA programming guide, table of compute capabilities)."""
+
+PRODUCTS = {80: "mma.sync.aligned.m16n8k16", 90: "wgmma.mma_async.sync.aligned.m64"}
+
+
+SPILLED = {(90, "backward_kv", 192): 12}
+"""Bytes a thread that ptxas of Triton 3.9 spills; nothing elsewhere."""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_shipped_tiles_use_tensor_cores_and_spill_nothing(capability):
+    run = subprocess.run([sys.executable, SCRIPT, str(capability), "bf16"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    results = json.loads(run.stdout)
+    assert len(results) == 9
+    for found in results:
+        print(found)
+        assert any(name.startswith(PRODUCTS[capability]) for name in found["products"]), found
+        assert found["shared"] <= SHARED[capability], found
+        assert found["spilled"] <= SPILLED.get((capability, found["kernel"], found["d"]), 0), found
