@@ -24,5 +24,5 @@ def test_an_example_runs_without_llmtrain(example, tmp_path):
 
 
 def test_every_file_that_it_names_is_there():
-    names = re.findall(r"`(\w+\.py)`", README)
+    names = re.findall(r"`([\w/]+\.py)`", README)
     assert len(names) >= 8 and all((KERNELS / name).exists() for name in names)
