@@ -15,8 +15,8 @@ from llmtrain.errors import UserError
 from llmtrain.model.cache import cache_bytes
 from llmtrain.model.sampling import Sampling
 from llmtrain.tools.completions import Completion, Request, Texts, runner_for
-from llmtrain.tools.open_model import OpenModel, open_model
-from llmtrain.tools.shared import add_options, ranks_of, shared_mesh, start_ranks
+from llmtrain.tools.open_model import OpenModel
+from llmtrain.tools.shared import add_options, open_shared, ranks_of, shared_mesh, start_ranks
 
 INTERRUPTED = 130
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def _generate(options: argparse.Namespace, prompts: list[dict], mesh) -> int:
-    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint, mesh=mesh)
+    opened = open_shared(options, mesh)
     tokenizer = opened.need_tokenizer()
     requests = _requests(options, opened, prompts)
     runner = runner_for(opened, requests, batch=options.batch)

@@ -32,7 +32,10 @@ def ask(models: dict[str, str | dict], meshes: dict[str, dict[str, dict]]) -> di
             cfg = read_model_config(source) if isinstance(source, str) else ModelConfig.model_validate(source)
             options = Namespace(**{"tp": 1, "pp": 1, "ep": 1} | axes)
             mesh = world.start(ParallelConfig(**mesh_axes(options, cfg)), device=select("cpu"))
-            answers[name][shape] = answer(opened(source, mesh if mesh.world > 1 else None), mesh)
+            model = opened(source, mesh if mesh.world > 1 else None)
+            if hasattr(options, "tp_chunks"):
+                model.set_tp_chunks(options.tp_chunks)
+            answers[name][shape] = answer(model, mesh)
             mesh.leave()
     return answers
 
