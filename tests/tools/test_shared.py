@@ -26,7 +26,7 @@ FAMILIES = {
 EXPERTS = {"kind": "moe", "experts": 8, "top_k": 2, "hidden": 40, "activation": "gelu", "bias": True, "descend": 16, "shared_experts": 1}
 BIGMAC = {"vocab_size": 97, "layers": 2, "hidden": 32, "max_seq_len": 64, "attention": {"heads": 4}, "init": {"std": 0.2}}
 BIGMAC |= {"ffn": EXPERTS | {"capacity": {"factor": 1.0}}}
-TILES = {"tp 2 in 3 tiles": {"tp": 2, "tp_chunks": 3}}
+TILES = {"tp 2 in 3 tiles": {"tp": 2, "tp_chunks": 3}, "tp 2, a layer on the host": {"tp": 2, "tp_chunks": 2, "host_layers": "1"}}
 DENSE = {
     1: {"one": {}},
     2: {"tp 2": {"tp": 2}, "pp 2": {"pp": 2}} | TILES,
