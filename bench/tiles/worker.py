@@ -5,7 +5,8 @@ import time
 
 import torch
 import torch.distributed as dist
-from llmtrain_kernels import Mask, attention_project_reduce
+from llmtrain_kernels import Mask
+from llmtrain_kernels.tiled_reduce import attention_project_reduce
 from train_peers.answering import answer_requests
 
 from llmtrain.config.model import ModelConfig

@@ -76,22 +76,21 @@ def fixed_parts(model: ModelConfig, asked: Answering) -> dict[str, float]:
 
 
 def pass_width(model: ModelConfig, asked: Answering) -> float:
-    """Numbers per token that the pass over a prompt holds at once: the most of what stands before attention and in the feed-forward
-    branch.
+    """Numbers per token that the pass over a prompt holds at once: positions and RoPE's tables, and the most of two moments.
 
     Before attention: the residual stream, what the norm gives, and queries and keys twice, as RoPE copies them. In the feed-forward branch:
-    the residual stream before and after attention, attention's branch and result, the norm's, the branch's, and of one tile gate, up and
-    their product; of a mixture of experts these of all experts of a token, whose rows go in and come out besides.
+    the residual stream before and after attention, attention's branch and result, the norm's, the branch's, and of one tile gate, up, the
+    gate's SiLU and the product; of a mixture of experts these for all experts of a token, whose rows go in and come out besides.
     """
     ranks, ffn = asked.ranks, model.ffn
     heads, kv_heads = model.attention.heads / ranks, max(1.0, model.kv_heads / ranks)
-    value, inside = model.value_head_dim, 3 if ffn.activation == "swiglu" else 2
+    value, inside = model.value_head_dim, 4 if ffn.activation == "swiglu" else 2
     before = 2 * model.hidden + 2 * (heads + kv_heads) * model.head_dim + kv_heads * value
     if ffn.kind == "moe":
         branch = ffn.top_k * (2 * (ffn.descend or model.hidden) + inside * ffn.hidden / ranks)
     else:
         branch = inside * ffn.hidden / ranks / asked.chunks
-    return max(before, 5 * model.hidden + heads * value + branch)
+    return max(before, 5 * model.hidden + heads * value + branch) + 2 * model.rope_dim + 8 / asked.itemsize
 
 
 def longest(model: ModelConfig, asked: Answering, *, memory: float, host: float) -> int:

@@ -31,7 +31,7 @@ def config(name: str) -> ModelConfig:
 
 
 def test_the_formula_by_hand():
-    """Llama 3 8B's shape: 32 layers, 8 key/value heads of 128, 128,256 pieces; 65,536 tokens in bf16 on two devices of 24 GB."""
+    """Llama 3 8B's shape: 32 layers, 8 key/value heads of 128, 128,256 pieces; 65,536 tokens in bf16 on two devices of 17 GB."""
     from llmtrain.config.load import load as load_run
 
     model = load_run(None, ["--model", "llama3_8b"]).run.model
@@ -39,12 +39,12 @@ def test_the_formula_by_hand():
     layer = 65_536 * 4 * 2 * 128 * 2
     block = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14_336) / 2  # matrices; norms are counted whole
     vocabulary = 2 * 128_256 * 4096 / 2 * 2
-    act = 65_536 * (5 * 4096 + 2048 + 3 * 7168) * 2
-    free = 24e9 - (32 * block + 65 * 4096) * 2 - vocabulary - act
-    found = cache_split(model, asked, memory=24e9)
+    act = 65_536 * (5 * 4096 + 2048 + 4 * 7168 + 2 * 128 + 4) * 2
+    free = 17e9 - (32 * block + 65 * 4096) * 2 - vocabulary - act
+    found = cache_split(model, asked, memory=17e9)
     assert layer_bytes(model, asked) == found.layer == layer
     assert (found.device_layers, found.host_layers) == (int(free // layer), 32 - int(free // layer)) and 0 < found.device_layers < 32
-    assert found.host == found.host_layers * layer * 2 and found.device <= 24e9 < found.device + found.layer
+    assert found.host == found.host_layers * layer * 2 and found.device <= 17e9 < found.device + found.layer
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,7 +79,7 @@ def test_a_prompts_pass_holds_what_is_said(name):
     with torch.inference_mode(), Peak(*model.parameters(), tokens) as peak:
         model(tokens, mask=Mask(), positions=torch.arange(length)[None], last=1)
     said = fixed_parts(cfg, Answering(rows=1, tokens=length, itemsize=4))["a prompt's pass"]
-    assert said / 1.35 < peak.peak < said, (peak.peak, said)
+    assert said / 1.35 < peak.peak < said + 1024, "a few numbers are not per token"
 
 
 def test_what_the_plan_of_a_38b_model_says():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from llmtrain_kernels import Mask, attention_project_reduce, project_reduce
-from llmtrain_kernels.tiled_reduce import tiles
+from llmtrain_kernels import Mask
+from llmtrain_kernels.tiled_reduce import attention_project_reduce, project_reduce, tiles
 from worlds import run_world
 
 CASES = {

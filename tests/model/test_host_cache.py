@@ -55,7 +55,7 @@ def test_tokens_are_the_same(name, names, make_model):
 
 def test_a_token_costs_two_copies_per_block(make_model):
     cfg, model = make_model()
-    with TwoPlaces(*model.parameters(), *model.buffers()) as places:
+    with torch.inference_mode(), TwoPlaces(*model.parameters(), *model.buffers()) as places:
         copies = LateCopies(places)
         runner = CachedRunner(model, slots=2, capacity=20, host=blocks(cfg, ["0", "1"], copies))
         rows = [[1, 2, 3, 4], [5, 6, 7, 8]]

@@ -2,7 +2,8 @@
 
 import torch
 import torch.distributed as dist
-from llmtrain_kernels import Mask, attention_project_reduce
+from llmtrain_kernels import Mask
+from llmtrain_kernels.tiled_reduce import attention_project_reduce
 
 from llmtrain.ops.attention import attention_reference
 from llmtrain.ops.sdpa import attention_sdpa

@@ -279,7 +279,7 @@ def test_layers_on_the_host_give_the_same_text(run, capsys, monkeypatch):
         (["--host-layers", "1", "--pp", "2"], "layers on the host need --pp 1"),
         (["--hardware", "v100-32"], "belong to --plan"),
         (["--plan", "0"], "--plan 0: give a number of tokens"),
-        (["--plan", "9", "--ep", "2"], "would keep equal caches"),
+        (["--plan", "9", "--ep", "2"], "would keep the same cache"),
     ],
 )
 def test_what_cannot_be_on_the_host_is_refused(run, words, message):
