@@ -88,8 +88,6 @@ class SlotCache:
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot over another."""
-        if self.host is not None:
-            self.host.settle()
         length = self.lengths[target] = self.lengths[source]
         for buffer in (b for pair in self._buffers.values() for b in pair):
             buffer[target, :, :length] = buffer[source, :, :length]

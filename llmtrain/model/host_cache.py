@@ -2,7 +2,7 @@
 
 For sequences whose cache is larger than a device (FastAttention's CPU-GPU cooperation, arXiv 2410.16663): a new token's queries, keys and
 values go to the host and attention's result comes back, a few numbers each, where bringing the cache to the device would move all of it.
-A prompt is attended to on the device; its keys and values leave beside what the device computes next.
+A prompt is attended to on the device, and its keys and values leave meanwhile.
 """
 
 from collections.abc import Callable, Collection
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmtrain.device.host_copies import Copy, HostCopies
+from llmtrain.device.host_copies import HostCopies
 
 if TYPE_CHECKING:
     from llmtrain.model.cache import SlotFill, SlotStep
@@ -29,9 +29,7 @@ class HostBlocks:
     """
 
     def __init__(self, names: Collection[str], *, copies: HostCopies, ops):
-        self.names, self.ops = frozenset(names), ops
-        self._copies = copies
-        self._leaving: list[tuple[Copy, Tensor]] = []
+        self.names, self.copies, self.ops = frozenset(names), copies, ops
 
     def __contains__(self, block: str) -> bool:
         return block in self.names
@@ -44,24 +42,13 @@ class HostBlocks:
         """The block's part of a pass of one token."""
         return HostStep(self, view, block)
 
-    def store(self, tensor: Tensor, place: Tensor) -> None:
-        """Begin to copy a tensor of the device to `place` in the host's memory, which is written at the next `settle`."""
-        self._leaving.append((self._copies.to_host(tensor.contiguous()), place))
-
-    def settle(self) -> None:
-        """Wait for what leaves. Whoever reads or moves the host's keys and values calls this first."""
-        leaving, self._leaving = self._leaving, []
-        for copy, place in leaving:
-            place.copy_(copy.finish())
-
     def compute(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attend(q, k, v)` on the host, for tensors [B,H or K,S,d] of the device: there in one copy, and back in another."""
-        self.settle()
         given = (q, k, v)
         flat = torch.cat([x.transpose(1, 2).flatten(2) for x in given], -1)  # [B,S,H*d+K*d+K*dv]
-        parts = self._copies.to_host(flat).finish().split([x.shape[1] * x.shape[3] for x in given], -1)
+        parts = self.copies.to_host(flat).finish().split([x.shape[1] * x.shape[3] for x in given], -1)
         out = attend(*(part.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2) for part, x in zip(parts, given)))
-        return self._copies.to_device(self._copies.host_memory(out).copy_(out)).wait()
+        return self.copies.to_device(self.copies.host_memory(out).copy_(out)).wait()
 
 
 class HostFill:
@@ -75,10 +62,11 @@ class HostFill:
         start = self.view.length
         if start:
             return self.host.compute(lambda q, k, v: self._attend_there(q, k, v, mask=mask), q, k, v)
+        leaving = [self.host.copies.to_host(new) for new in (k, v)]
         out = ops.attention(q, k, v, mask=mask, q_offset=0)
-        self.host.settle()  # of the block before, so that the host has one block's at a time beside the cache
-        for new, place in zip((k, v), self.view.places(self.block, k, v, device=HOST)):
-            self.host.store(new, place)
+        # Waited for here, while a device still attends, so that it need not keep them through the rest of the block.
+        for copy, place in zip(leaving, self.view.places(self.block, k, v, device=HOST)):
+            place.copy_(copy.finish())
         return out
 
     def _attend_there(self, q: Tensor, k: Tensor, v: Tensor, *, mask) -> Tensor:

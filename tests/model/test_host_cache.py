@@ -60,7 +60,6 @@ def test_a_token_costs_two_copies_per_block(make_model):
         runner = CachedRunner(model, slots=2, capacity=20, host=blocks(cfg, ["0", "1"], copies))
         rows = [[1, 2, 3, 4], [5, 6, 7, 8]]
         runner.begin(rows)
-        runner.cache.host.settle()
         width, token = cfg.head_dim, 8 * 2  # two rows of float64
         keys = 4 * token * cfg.kv_heads * width
         assert copies.made == [(HOST, keys)] * 4, "keys and values of two blocks"
