@@ -6,6 +6,7 @@ import pytest
 import torch
 from held import Held, build_model
 
+from llmtrain.cli import main
 from llmtrain.config.cache_split import Answering, cache_split, fixed_parts, layer_bytes, longest
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters
@@ -22,7 +23,9 @@ MODELS = {
     "latent": {"attention": LATENT, "ffn": {"hidden": 352}},
     "experts": {"attention": {"heads": 8}, "ffn": {"kind": "moe", "experts": 8, "top_k": 2, "hidden": 96}},
 }
-PANGU = Path(__file__).parents[2] / "examples/long_generation/pangu-38b"
+ROOT = Path(__file__).parents[2]
+PANGU, PAGE = ROOT / "examples/long_generation/pangu-38b", ROOT / "docs/long-generation.md"
+PASS = "a prompt's pass"
 V100 = 0.95 * load("v100-32").memory.value
 
 
@@ -78,8 +81,24 @@ def test_a_prompts_pass_holds_what_is_said(name):
     model.blocks["0"].attention.ops.attention = lambda q, k, v, **_: v.repeat_interleave(q.shape[1] // v.shape[1], 1)  # of all blocks
     with torch.inference_mode(), Peak(*model.parameters(), tokens) as peak:
         model(tokens, mask=Mask(), positions=torch.arange(length)[None], last=1)
-    said = fixed_parts(cfg, Answering(rows=1, tokens=length, itemsize=4))["a prompt's pass"]
+    said = fixed_parts(cfg, Answering(rows=1, tokens=length, itemsize=4))[PASS]
     assert said / 1.35 < peak.peak < said + 1024, "a few numbers are not per token"
+
+
+def test_the_page_has_what_the_plan_prints(capsys):
+    text = PAGE.read_text()
+    command = next(line for line in text.splitlines() if line.startswith("llmtrain generate") and "--plan" in line)
+    assert main([str(ROOT / word) if word.startswith("examples/") else word for word in command.split()[1:]]) == 0
+    printed = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
+    assert printed in text, printed
+    model, asked = read_model_config(PANGU), Answering(rows=1, tokens=1, ranks=8, chunks=16)
+    for tokens in (65_536, 81_920, 98_304, 131_072, 196_608, 262_144):
+        split = cache_split(model, asked._replace(tokens=tokens), memory=V100)
+        row = f"| {tokens:,} | {split.device_layers} | {split.host_layers} | {split.host / 2**30:g} |"
+        assert row in text, row
+    whole = asked._replace(chunks=1, tokens=262_144)
+    assert f"{fixed_parts(model, whole)[PASS] / 2**30:.1f} GiB then" in text
+    assert f"{longest(model, whole, memory=V100, host=2**50):,} tokens. By" in text
 
 
 def test_what_the_plan_of_a_38b_model_says():
