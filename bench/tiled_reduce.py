@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="numbers of tiles; the first must be 1")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (5)")
+    parser.add_argument("--rounds", type=int, default=4, help="measurements of each (4)")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="sending over computing, by the wire's speed")
     parser.add_argument("--tokens", type=int, default=Branch().tokens, help=f"of the branch ({Branch().tokens})")
     parser.add_argument("--prompt-tokens", type=int, default=Prompt().tokens, help=f"of the model's prompt ({Prompt().tokens})")

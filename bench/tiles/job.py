@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 class Branch(NamedTuple):
     """Causal attention, output projection and all-reduce. Heads and their width are those of all ranks."""
 
-    tokens: int = 4096
+    tokens: int = 6144
     hidden: int = 1024
     heads: int = 16
     kv_heads: int = 16

@@ -1,7 +1,7 @@
 """A model over several ranks for generation and evaluation: whole sequences on every rank, so that a cache may hold them.
 
 Training shares the sequence between the ranks of tp; a step of generation has one token, so here every rank of tp sees all positions.
-A prompt has many: its partial sums can be added up tile by tile, each while the next one is computed (`SharedModel.tp_chunks`).
+A prompt has many: its partial sums can be added up tile by tile, each while the next one is computed (`SharedModel.set_tp_chunks`).
 No gradient flows through any of this.
 """
 
