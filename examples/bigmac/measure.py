@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from job import BIGMAC, FINE, KINDS, TOP_K, Arm, Size
-from network import Network
-from ranks import Ranks
+from wire.network import Network
+from wire.ranks import Ranks
 
 TRAINING = {4: 0.841, 8: 0.918}
 """The paper's share of all-to-alls in a training step of fine-grained experts, by top-k (motivation table)."""

@@ -2,45 +2,29 @@
 
     sudo .venv/bin/python examples/bigmac/run.py        # writes results.json, results.md and results.png
 
-Ranks stand in network namespaces joined by one wire (network.py), run the same job with both kinds of experts in turn (job.py, worker.py),
+Ranks stand in network namespaces joined by one wire (bench/wire), run the same job with both kinds of experts in turn (job.py, worker.py),
 first on a wire so slow that all-to-alls take the paper's share of a fine-grained step, then over a sweep of speeds, then in generation.
 """
 
 import argparse
 import json
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from job import Size
-from measure import Bench, measure
-from network import Network, NoNetwork
-from ranks import RankError, Ranks
-from report import write
-
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent.parent / "bench"))
+
+from job import Size  # noqa: E402
+from measure import Bench, measure  # noqa: E402
+from report import write  # noqa: E402
+from wire.network import Network, NoNetwork  # noqa: E402
+from wire.origin import origin  # noqa: E402
+from wire.ranks import RankError, Ranks  # noqa: E402
+
 SWEEP = (2000, 1000, 500, 250, 125)
-
-
-def made(ranks: int, before: float) -> dict:
-    """Where results come from. `before` is the load average when the measurement began."""
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "machine": f"{processor}, {os.cpu_count()} logical cores, Linux {platform.release()}, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "command": f"python {' '.join(['examples/bigmac/run.py', *sys.argv[1:]])}",
-        "ranks": ranks,
-        "load": [before, os.getloadavg()[1]],
-    }
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -50,11 +34,15 @@ def run(args: argparse.Namespace) -> dict:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {text}", flush=True)
 
-    with Network(args.ranks) as network, Ranks(args.ranks, network) as ranks:
+    with Network(args.ranks) as network, Ranks(args.ranks, network, worker=HERE / "worker.py") as ranks:
         parameters = ranks.ask("build", size=list(size))[0]
         bench = Bench(ranks, network, size, say=say)
         found = measure(bench, rounds=args.rounds, sweep=[1e6 * rate for rate in args.sweep], sweep_rounds=args.sweep_rounds)
-    return made(args.ranks, before) | {"size": size._asdict(), "parameters": parameters, "seconds": time.perf_counter() - started} | found
+    return (
+        origin("examples/bigmac/run.py", before)
+        | {"ranks": args.ranks, "size": size._asdict(), "parameters": parameters, "seconds": time.perf_counter() - started}
+        | found
+    )
 
 
 def main() -> None:

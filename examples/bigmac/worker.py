@@ -1,16 +1,14 @@
-"""One rank of the job: reads a JSON request per line, answers with a JSON line. Started by ranks.py with torchrun's variables set."""
+"""One rank of the job: reads a JSON request per line, answers with a JSON line. Started by bench/wire/ranks.py."""
 
-import json
 import os
-import sys
 import time
-import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from exchanges import Exchanges
 from job import KINDS, TOP_K, Arm, Size, values
+from train_peers.answering import answer_requests
 
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import Batch
@@ -91,21 +89,6 @@ def counted() -> int:
     return int(COUNTER.read_text()) if COUNTER.exists() else 0
 
 
-def main() -> None:
-    """Answer until standard input ends. What libraries print goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(worker, request.pop("do"))(**request)
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-    os._exit(0)  # a thread of gloo may not outlive Python's own end
-
-
 if __name__ == "__main__":
-    main()
+    answer_requests(Worker())
+    os._exit(0)  # a thread of gloo may not outlive Python's own end

@@ -19,7 +19,7 @@ def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
     shard = p.dp_shard if p.dp_shard != -1 else max(1, world // (p.pp * p.dp_replicate * p.cp * p.tp))
     counts, split, shared = count_parameters(model), shard * p.cp * p.tp * p.pp, shard * p.cp > 1
     compute, seq_len = BYTES[run.precision.compute], max([x.seq_len or train.seq_len for x in train.phases] or [train.seq_len])
-    largest = max(_block_held(run, model), (counts["head"] or counts["embedding"]) / p.tp)
+    largest = max(_held_of(run, model), (counts["head"] or counts["embedding"]) / p.tp)
     kept = p.pp > 1 or not p.reshard_after_forward  # a pipeline would gather every block again for each micro-batch
     whole = shared and _accumulates(run, shard * p.dp_replicate)
     moments = 2 * counts["total"] * BYTES[run.precision.optimizer] / split
@@ -50,18 +50,22 @@ def _accumulates(run: RunConfig, dp: int) -> bool:
 def _held(run: RunConfig) -> float:
     """Parameters that a rank computes with, the mean over a pipeline; what multi-token prediction has beside its blocks is left out."""
     p, model, counts = run.parallel, run.model, count_parameters(run.model)
-    blocks = sum(_block_held(run, model.of_block(i)) for i in range(model.layers)) + model.mtp.heads * _block_held(run, model)
+    blocks = sum(_held_of(run, model.of_block(i)) for i in range(model.layers)) + model.mtp.heads * _held_of(run, model)
     return (blocks + (counts["embedding"] + counts["head"]) / p.tp) / p.pp
 
 
-def _block_held(run: RunConfig, model: ModelConfig) -> float:
+def _held_of(run: RunConfig, model: ModelConfig) -> float:
+    return block_held(model, tp=run.parallel.tp, shares=run.parallel.ep * run.parallel.etp)
+
+
+def block_held(model: ModelConfig, *, tp: int, shares: int) -> float:
     """Parameters of the block that `model` describes which a rank computes with: tp shares attention from its narrow vectors on and dense
-    branches, ep (and etp) the experts."""
-    p, narrowing = run.parallel, 0
+    branches; experts come in `shares` parts (ep x etp)."""
+    narrowing = 0
     if model.attention.kind == "mla":
         narrowing = model.hidden * ((model.attention.query_rank or 0) + model.attention.kv_rank + model.attention.rope_dim)
-    attention = narrowing + (attention_parameters(model) - narrowing) / p.tp
+    attention = narrowing + (attention_parameters(model) - narrowing) / tp
     if model.ffn.kind != "moe":
-        return attention + ffn_parameters(model) / p.tp
+        return attention + ffn_parameters(model) / tp
     experts = model.ffn.experts * expert_parameters(model)
-    return attention + ffn_parameters(model) - experts + experts / (p.ep * p.etp)
+    return attention + ffn_parameters(model) - experts + experts / shares

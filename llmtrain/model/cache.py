@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.model.host_cache import HostBlocks
 from llmtrain.ops import KeyLengths
 
 
@@ -68,11 +69,12 @@ class SlotCache:
     """Keys and values of `slots` sequences, each with a length of its own, in one pair of buffers [slots,K,capacity,d] per block.
 
     A forward pass takes a view of it as its `cache`: `fill` to append several tokens to some slots, `step` to append one token to each
-    of the first slots. The views leave `lengths` alone; the caller raises them when the pass is done.
+    of the first slots. The views leave `lengths` alone; the caller raises them when the pass is done. The blocks of `host` have their
+    buffers in the host's memory.
     """
 
-    def __init__(self, slots: int, capacity: int):
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, slots: int, capacity: int, *, host: HostBlocks | None = None):
+        self.slots, self.capacity, self.host = slots, capacity, host
         self.lengths = [0] * slots
         self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -90,12 +92,16 @@ class SlotCache:
         for buffer in (b for pair in self._buffers.values() for b in pair):
             buffer[target, :, :length] = buffer[source, :, :length]
 
-    def buffers(self, block: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's buffers, allocated like k and v [B,K,S,d] at first use."""
+    def on_host(self, block: str) -> bool:
+        """Whether the block's buffers lie in the host's memory."""
+        return self.host is not None and block in self.host
+
+    def buffers(self, block: str, k: Tensor, v: Tensor, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """The block's buffers, allocated like k and v [B,K,S,d] at first use, on their device if not given."""
         if block not in self._buffers:
-            shapes = [(self.slots, t.shape[1], self.capacity, t.shape[3]) for t in (k, v)]
             # Zeros: the step reads beyond a short row's end with weight zero, and 0 * NaN is NaN.
-            self._buffers[block] = k.new_zeros(shapes[0]), v.new_zeros(shapes[1])
+            keys, values = (t.new_zeros(self.slots, t.shape[1], self.capacity, t.shape[3], device=device) for t in (k, v))
+            self._buffers[block] = keys, values
         return self._buffers[block]
 
     @property
@@ -110,9 +116,20 @@ class SlotFill:
     def __init__(self, cache: SlotCache, rows: slice, length: int):
         self.cache, self.rows, self.length = cache, rows, length
 
-    def layer(self, block: str) -> "FillLayer":
+    def layer(self, block: str):
         """The view of one block."""
-        return FillLayer(self, block)
+        return self.cache.host.fill(self, block) if self.cache.on_host(block) else FillLayer(self, block)
+
+    def places(self, block: str, k: Tensor, v: Tensor, *, device: torch.device | None = None) -> list[Tensor]:
+        """Where the new k and v [B,K,S,d] belong."""
+        start, end = self.length, self.length + k.shape[2]
+        if end > self.cache.capacity:
+            raise ValueError(f"the cache holds {self.cache.capacity} tokens per slot and {end} are needed")
+        return [buffer[self.rows, :, start:end] for buffer in self.cache.buffers(block, k, v, device=device)]
+
+    def seen(self, block: str, k: Tensor, v: Tensor) -> list[Tensor]:
+        """All keys and values [B,K,T,d] up to the end of the new k and v."""
+        return [buffer[self.rows, :, : self.length + k.shape[2]] for buffer in self.cache.buffers(block, k, v)]
 
 
 class FillLayer:
@@ -123,14 +140,12 @@ class FillLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask, ops) -> Tensor:
         """As LayerCache.attend, over the slots of the view."""
-        view, start, end = self.view, self.view.length, self.view.length + k.shape[2]
-        if end > view.cache.capacity:
-            raise ValueError(f"the cache holds {view.cache.capacity} tokens per slot and {end} are needed")
-        keys, values = (buffer[view.rows] for buffer in view.cache.buffers(self.block, k, v))
-        keys[:, :, start:end], values[:, :, start:end] = k, v
-        if start:
-            k, v = keys[:, :, :end], values[:, :, :end]
-        return ops.attention(q, k, v, mask=mask, q_offset=start)
+        view = self.view
+        for new, place in zip((k, v), view.places(self.block, k, v)):
+            place.copy_(new)
+        if view.length:
+            k, v = view.seen(self.block, k, v)
+        return ops.attention(q, k, v, mask=mask, q_offset=view.length)
 
 
 class SlotStep:
@@ -141,20 +156,25 @@ class SlotStep:
             raise ValueError(f"the cache holds {cache.capacity} tokens per slot and {max(lengths) + 1} are needed")
         self.cache, self.starts = cache, tuple(lengths)
         self.reach = KeyLengths(length + 1 for length in lengths)
-        self._index: tuple[Tensor, Tensor] | None = None
+        self._index: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def layer(self, block: str) -> "StepLayer":
+    def layer(self, block: str):
         """The view of one block."""
-        return StepLayer(self, block)
+        return self.cache.host.step(self, block) if self.cache.on_host(block) else StepLayer(self, block)
 
-    def write(self, buffer: Tensor, new: Tensor) -> Tensor:
+    def attend(self, block: str, q: Tensor, k: Tensor, v: Tensor, *, mask, ops) -> Tensor:
+        """Append k, v [B,K,1,d] and attend with q [B,H,1,d], each row over its own length: [B,H,1,d]."""
+        keys, values = self.cache.buffers(block, k, v)
+        return ops.decode_attention(q, self._write(keys, k), self._write(values, v), lengths=self.reach, window=mask.window)
+
+    def _write(self, buffer: Tensor, new: Tensor) -> Tensor:
         """Put new [B,K,1,d] at each slot's end and return the buffer up to the longest: [B,K,T,d]."""
         if self.reach.equal:
             buffer[: len(self.starts), :, self.starts[0]] = new[:, :, 0]
         else:
-            if self._index is None:
-                self._index = tuple(torch.tensor(x, device=new.device) for x in (range(len(self.starts)), self.starts))
-            rows, ends = self._index
+            if new.device not in self._index:
+                self._index[new.device] = tuple(torch.tensor(x, device=new.device) for x in (range(len(self.starts)), self.starts))
+            rows, ends = self._index[new.device]
             buffer[rows, :, ends] = new[:, :, 0]
         return buffer[: len(self.starts), :, : self.reach.longest]
 
@@ -166,10 +186,8 @@ class StepLayer:
         self.view, self.block = view, block
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask, ops) -> Tensor:
-        """Append k, v [B,K,1,d] and attend with q [B,H,1,d], each row over its own length: [B,H,1,d]."""
-        keys, values = self.view.cache.buffers(self.block, k, v)
-        keys, values = self.view.write(keys, k), self.view.write(values, v)
-        return ops.decode_attention(q, keys, values, lengths=self.view.reach, window=mask.window)
+        """As SlotStep.attend."""
+        return self.view.attend(self.block, q, k, v, mask=mask, ops=ops)
 
 
 def cache_bytes(cfg: ModelConfig, *, slots: int, capacity: int, itemsize: int) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmtrain.errors import UserError
 from llmtrain.model.cache import SlotCache
+from llmtrain.model.host_cache import HostBlocks
 from llmtrain.model.sampling import Sampler, Sampling, draw, log_probabilities
 from llmtrain.ops import Mask
 
@@ -46,11 +47,12 @@ class Runner(Protocol):
 
 
 class CachedRunner:
-    """A model on one rank with a cache of `slots` x `capacity` tokens (`cache_bytes` says how large)."""
+    """A model on one rank with a cache of `slots` x `capacity` tokens (`cache_bytes` says how large); the blocks of `host` have theirs on
+    the host."""
 
-    def __init__(self, model, *, slots: int, capacity: int):
+    def __init__(self, model, *, slots: int, capacity: int, host: HostBlocks | None = None):
         self.model, self.slots, self.capacity = model, slots, capacity
-        self.cache = SlotCache(slots, capacity)
+        self.cache = SlotCache(slots, capacity, host=host)
         self._device = next(model.parameters()).device
 
     @torch.inference_mode()

@@ -1,21 +1,27 @@
 """A model over several ranks for generation and evaluation: whole sequences on every rank, so that a cache may hold them.
 
 Training shares the sequence between the ranks of tp; a step of generation has one token, so here every rank of tp sees all positions.
+A prompt has many: its partial sums can be added up tile by tile, each while the next one is computed (`SharedModel.set_tp_chunks`).
 No gradient flows through any of this.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from llmtrain_kernels.tiled_reduce import Tile, attention_project_reduce, project_reduce, tiles
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.data.batch import NO_TARGET
 from llmtrain.layout.stages import split_layers
+from llmtrain.model.attention import Attention
 from llmtrain.model.moe import MoE
 from llmtrain.model.transformer import cut
 from llmtrain.parallel.fsdp import local_tensor
-from llmtrain.parallel.hang.where import device_wait, recorded, watch_layers
+from llmtrain.parallel.hang.where import Begun, device_wait, recorded, watch_layers
 from llmtrain.parallel.mesh import Mesh
 from llmtrain.parallel.ops import gather_vocabulary
 from llmtrain.parallel.ops.vocabulary import first_entry
@@ -30,7 +36,7 @@ def share(model: nn.Module, mesh: Mesh) -> "SharedModel":
     Ranks that differ along dp_shard alone hold the same dense parts, and different experts. Raises UserError for a model that cannot be
     split so.
     """
-    shape = mesh.shape
+    shape, splitter = mesh.shape, None
     if shape.pp > 1:
         layers = split_layers(model.cfg, shape.pp, seq_len=model.cfg.max_seq_len)
         place = mesh.place("pp")
@@ -38,20 +44,27 @@ def share(model: nn.Module, mesh: Mesh) -> "SharedModel":
         cut(model, blocks=range(first, first + layers[place]), first=place == 0, last=place == shape.pp - 1)
     if shape.tp > 1:
         check_tp(model.cfg, shape.tp)
-        _WholeSequence(mesh.device_mesh["tp"], model.cfg.vocab_size).model(model)
+        splitter = _WholeSequence(mesh.device_mesh["tp"], model.cfg.vocab_size)
+        splitter.model(model)
     if mesh.experts is not None:
         share_experts(model, mesh.experts)
     watch_layers(model)
-    return SharedModel(model, mesh)
+    return SharedModel(model, mesh, splitter)
 
 
 class SharedModel(nn.Module):
     """Called as the whole model is, by all ranks together and with the same tokens; every rank gets the logits."""
 
-    def __init__(self, part: nn.Module, mesh: Mesh):
+    def __init__(self, part: nn.Module, mesh: Mesh, splitter: "_WholeSequence | None" = None):
         super().__init__()
-        self.part, self._mesh = part, mesh
+        self.part, self._mesh, self._splitter = part, mesh, splitter
         self.cfg: ModelConfig = part.cfg
+
+    def set_tp_chunks(self, count: int) -> None:
+        """Add up the partial sums of tp in about `count` tiles from the next pass of several tokens on. Raises ValueError without tp."""
+        if self._splitter is None:
+            raise ValueError(f"tp_chunks {count}: parallel.tp is 1, so there is nothing to add up")
+        self._splitter.chunks = count
 
     @property
     def rope(self) -> nn.Module | None:
@@ -114,9 +127,14 @@ class SharedModel(nn.Module):
 class _WholeSequence(Splitter):
     """Layers split as in training, whose partial sums are added on every rank instead of being shared out over the sequence."""
 
+    chunks = 1
+    """Tiles in which that is done where there are several tokens."""
+
     def model(self, model: nn.Module) -> None:
         super().model(model)
         for layer in model.modules():
+            if isinstance(layer, Attention):
+                layer.ops = _Projecting(layer.ops, partial(self.attend_in_tiles, layer))
             if isinstance(layer, MoE) and layer.shared is not None and layer.shared.down_proj.in_features % self.mesh.size() == 0:
                 self.feed_forward(layer.shared)
 
@@ -128,12 +146,27 @@ class _WholeSequence(Splitter):
         weights = (local_tensor(proj.weight) for proj in (attention.q_up_proj, attention.kv_up_proj))
         return *(F.linear(x, weight) for x, weight in zip((queries, latent), weights)), shared
 
+    def attend_in_tiles(self, attention: nn.Module, op, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        """The attention op: [B,H/t,S,d], or in tiles, which go on through the projection and the sum over ranks: [B,S,D]."""
+        if self.chunks == 1 or q.shape[2] == 1:
+            return op(q, k, v, **options)
+        weight = local_tensor(attention.out_proj.weight)
+        return attention_project_reduce(q, k, v, weight, attention=op, reduce=self._start_sum, count=self.chunks, **options)
+
     def attention_output(self, attention: nn.Module, out: Tensor) -> Tensor:
-        return self._add(attention.out_proj, out.transpose(1, 2).flatten(2))
+        """[B,H/t,S,d], or [B,S,D] of tiles that are summed already -> [B,S,D]."""
+        return self._add_bias(attention.out_proj, out) if out.dim() == 3 else self._add(attention.out_proj, out.transpose(1, 2).flatten(2))
 
     def run_feed_forward(self, ffn: nn.Module, x: Tensor) -> Tensor:
-        hidden = ffn.activate(*(F.linear(x, local_tensor(p.weight), local_tensor(p.bias)) for p in ffn.expanding()))
-        return self._add(ffn.down_proj, hidden)
+        rows, down = x.reshape(1, -1, x.shape[-1]), local_tensor(ffn.down_proj.weight)
+
+        def hidden(tile: Tile) -> Tensor:
+            return ffn.activate(*(F.linear(rows[tile], local_tensor(p.weight), local_tensor(p.bias)) for p in ffn.expanding()))
+
+        # Shared experts get rows without their sequences, which may be one token of each.
+        count, shape = (self.chunks if x.dim() == 3 and x.shape[1] > 1 else 1), (1, rows.shape[1])
+        out = project_reduce(hidden, down, tiles=tiles(*shape, count), shape=shape, reduce=self._start_sum)
+        return self._add_bias(ffn.down_proj, out.view_as(x))
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
         weight = local_tensor(embedding.weight)
@@ -159,10 +192,30 @@ class _WholeSequence(Splitter):
         return gather_vocabulary(logits, vocab_size=self.vocab_size, group=self.group)
 
     def _add(self, proj: nn.Linear, x: Tensor) -> Tensor:
-        out = self._sum(F.linear(x, local_tensor(proj.weight)))
+        return self._add_bias(proj, self._sum(F.linear(x, local_tensor(proj.weight))))
+
+    @staticmethod
+    def _add_bias(proj: nn.Linear, out: Tensor) -> Tensor:
         return out if proj.bias is None else out + local_tensor(proj.bias)
+
+    def _start_sum(self, part: Tensor) -> Begun:
+        begun = Begun("all_reduce", self.group)
+        return begun.by(dist.all_reduce(part, group=self.group, async_op=True))
 
     def _sum(self, partial_sums: Tensor) -> Tensor:
         with recorded("all_reduce", self.group):
             dist.all_reduce(partial_sums, group=self.group)
         return partial_sums
+
+
+class _Projecting:
+    """The ops of one attention module, whose attention op is `attend(op, q, k, v, ...)`."""
+
+    def __init__(self, ops, attend: Callable[..., Tensor]):
+        self._ops, self._attend = ops, attend
+
+    def __getattr__(self, op: str):
+        return getattr(self._ops, op)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        return self._attend(self._ops.attention, q, k, v, **options)

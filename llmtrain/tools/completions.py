@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from llmtrain.data.text_stream import TextStream
 from llmtrain.errors import UserError
 from llmtrain.model.decode import CachedRunner, Decoder, Row, Runner
+from llmtrain.model.host_cache import HostBlocks
 from llmtrain.model.sampling import Sampling
 from llmtrain.tools.open_model import OpenModel
 
@@ -74,13 +75,21 @@ def capacity_for(requests: Sequence[Request]) -> int:
     return max((len(r.prompt) + r.sampling.max_new for r in requests), default=1)
 
 
-def runner_for(opened: OpenModel, requests: Sequence[Request], *, batch: int = 8) -> CachedRunner:
-    """A runner whose cache just holds the longest of `requests`, for up to `batch` at once. Raises UserError beyond model.max_seq_len."""
+def slots_for(requests: Sequence[Request], batch: int) -> int:
+    """Sequences at a time."""
+    return max(1, min(batch, len(requests)))
+
+
+def runner_for(opened: OpenModel, requests: Sequence[Request], *, batch: int = 8, host: HostBlocks | None = None) -> CachedRunner:
+    """A runner whose cache just holds the longest of `requests`, for up to `batch` at once, that of the blocks of `host` on the host.
+
+    Raises UserError beyond model.max_seq_len.
+    """
     longest = max(requests, key=lambda r: len(r.prompt) + r.sampling.max_new)
     if capacity_for(requests) > opened.cfg.max_seq_len:
         asked = f"a prompt of {len(longest.prompt)} tokens and --max-new {longest.sampling.max_new}"
         raise UserError(f"{asked} exceed model.max_seq_len {opened.cfg.max_seq_len}; lower --max-new or shorten the prompt")
-    return CachedRunner(opened.model, slots=max(1, min(batch, len(requests))), capacity=capacity_for(requests))
+    return CachedRunner(opened.model, slots=slots_for(requests, batch), capacity=capacity_for(requests), host=host)
 
 
 class Texts:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llmtrain.data.corpora import ALIAS
 from llmtrain.errors import UserError
-from llmtrain.tools.open_model import OpenModel, open_model
-from llmtrain.tools.shared import add_options, shared_mesh, start_ranks
+from llmtrain.tools.open_model import OpenModel
+from llmtrain.tools.shared import add_options, open_shared, shared_mesh, start_ranks
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, mesh) -> int:
-    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint, mesh=mesh)
+    opened = open_shared(options, mesh)
     text, values = options.run(options, opened)
     print(text)
     if options.out and (mesh is None or mesh.rank == 0):

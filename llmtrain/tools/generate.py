@@ -14,9 +14,10 @@ from pathlib import Path
 from llmtrain.errors import UserError
 from llmtrain.model.cache import cache_bytes
 from llmtrain.model.sampling import Sampling
-from llmtrain.tools.completions import Completion, Request, Texts, runner_for
-from llmtrain.tools.open_model import OpenModel, open_model
-from llmtrain.tools.shared import add_options, ranks_of, shared_mesh, start_ranks
+from llmtrain.tools import host_layers
+from llmtrain.tools.completions import Completion, Request, Texts, capacity_for, runner_for, slots_for
+from llmtrain.tools.open_model import OpenModel
+from llmtrain.tools.shared import add_options, open_shared, ranks_of, shared_mesh, start_ranks
 
 INTERRUPTED = 130
 
@@ -24,6 +25,10 @@ INTERRUPTED = 130
 def main(argv: list[str]) -> int:
     """`llmtrain generate MODEL -p TEXT`: print prompts and their continuations. Ctrl-C keeps what there is."""
     options = _parse(argv)
+    host_layers.check(options)
+    if options.plan is not None:
+        print(host_layers.plan(options))
+        return 0
     prompts = _prompts(options)
     code = start_ranks("generate", argv, options)
     if code is not None:
@@ -33,10 +38,12 @@ def main(argv: list[str]) -> int:
 
 
 def _generate(options: argparse.Namespace, prompts: list[dict], mesh) -> int:
-    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint, mesh=mesh)
+    opened = open_shared(options, mesh)
     tokenizer = opened.need_tokenizer()
     requests = _requests(options, opened, prompts)
-    runner = runner_for(opened, requests, batch=options.batch)
+    slots, capacity = slots_for(requests, options.batch), capacity_for(requests)
+    host = host_layers.host_blocks(options, opened, mesh, slots=slots, capacity=capacity)
+    runner = runner_for(opened, requests, batch=options.batch, host=host)
     printer = Printer([p["prompt"] for p in prompts for _ in range(options.samples)], options.stream)
     texts, started = Texts(runner, tokenizer, requests), time.time()
     code = _run(texts, printer)
@@ -85,6 +92,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="fp64, fp32, bf16, fp16, or auto: as stored, on the CPU at least fp32 (auto)")
     parser.add_argument("--checkpoint", default="auto", help="of a run folder; the newest complete one if not given")
     add_options(parser)
+    host_layers.add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -183,4 +191,6 @@ def _summary(opened: OpenModel, runner, items: list[Completion], *, seconds: flo
     size = cache_bytes(opened.cfg, slots=runner.slots, capacity=runner.capacity, itemsize=itemsize)
     words = f"{tokens} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s) on {opened.device}"
     cache = f"cache {size / 2**20:.1f} MiB for {runner.slots} x {runner.capacity} tokens"
+    if runner.cache.host is not None:
+        cache += f", of {len(runner.cache.host.names)} of {opened.cfg.layers} layers on the host"
     print(f"{'interrupted: ' if interrupted else ''}{words}, {cache}", file=sys.stderr)

@@ -77,7 +77,7 @@ def open_model(
     path = Path(path)
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
-    place = select(device)
+    place = _place(device, mesh)
     cfg = history.read_config(path)
     if cfg is not None:
         return _open_run(path, cfg, place, dtype, checkpoint, mesh)
@@ -105,7 +105,7 @@ def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: 
 
     Its RoPE base is that of the phase the checkpoint ends in. Raises CheckpointError if the weights do not fit.
     """
-    place = select(device)
+    place = _place(device, mesh)
     model = empty_model(cfg.model, place, _compute_dtype(torch_dtype(cfg.precision.params), place, dtype), mesh)
     weights = {f"{name}.weight": tensor for name, tensor in weights_of(model).items()}
     metadata = checkpoint_state.read_metadata(checkpoint)
@@ -148,6 +148,11 @@ def _open_hf(folder: Path, place: Device, dtype: str, mesh: Mesh | None) -> Open
         print(note, file=sys.stderr)
     tokenizer = load(folder) if pretrained_tokenizer(folder) else None
     return OpenModel(model, cfg, tokenizer, _stop_ids(folder, tokenizer), _prefix(folder, tokenizer))
+
+
+def _place(device: str, mesh: Mesh | None) -> Device:
+    """The rank's own device if several share the model."""
+    return select(device) if mesh is None else mesh.device
 
 
 def _compute_dtype(stored: torch.dtype, place: Device, wanted: str) -> torch.dtype:

@@ -11,10 +11,11 @@ from llmtrain.tools.launch import is_launched, run_local
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --tp, --pp, --ep and --timeout."""
+    """Add --tp, --pp, --ep, --tp-chunks and --timeout."""
     parser.add_argument("--tp", type=int, default=1, help="ranks that share every layer of the model (1)")
     parser.add_argument("--pp", type=int, default=1, help="stages of consecutive layers, a rank or --tp ranks each (1)")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts of every layer, those of --tp among them (1)")
+    parser.add_argument("--tp-chunks", type=int, default=1, metavar="N", help="add up the partial sums of --tp in N tiles of a prompt (1)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a rank waits for another before the run ends (600)")
 
 
@@ -25,6 +26,8 @@ def start_ranks(verb: str, argv: list[str], options: argparse.Namespace) -> int 
         raise UserError(f"{given}: all must be at least 1")
     if options.tp % options.ep and options.ep % options.tp:
         raise UserError(f"{given}: one of --tp and --ep must be a multiple of the other")
+    if options.tp_chunks < 1 or (options.tp_chunks > 1 and options.tp == 1):
+        raise UserError(f"--tp-chunks {options.tp_chunks}, --tp {options.tp}: at least 1, and above 1 with a --tp above 1 alone")
     if options.timeout <= 0:
         raise UserError(f"--timeout {options.timeout:g}: must be above 0")
     ranks = ranks_of(options)
@@ -93,6 +96,16 @@ def shared_mesh(options: argparse.Namespace) -> Iterator:
             mesh.meet()
     finally:
         world.stop(mesh)
+
+
+def open_shared(options: argparse.Namespace, mesh):
+    """`open_model` with the options --device, --dtype, --checkpoint and --tp-chunks, for the mesh that `shared_mesh` gave."""
+    from llmtrain.tools.open_model import open_model
+
+    opened = open_model(options.model, device=options.device, dtype=options.dtype, checkpoint=options.checkpoint, mesh=mesh)
+    if options.tp_chunks > 1:
+        opened.model.set_tp_chunks(options.tp_chunks)
+    return opened
 
 
 @contextlib.contextmanager

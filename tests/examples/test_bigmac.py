@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "bigmac"
-sys.path.insert(0, str(EXAMPLE))
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parents[1] / "bench")]
 
 import measure  # noqa: E402
-import network  # noqa: E402
 import quality  # noqa: E402
 import report  # noqa: E402
 from job import BIGMAC, FINE, KINDS, TOP_K, Arm, Size, values  # noqa: E402
-from ranks import RankError, Ranks  # noqa: E402
+from wire import network  # noqa: E402
+from wire.ranks import RankError, Ranks  # noqa: E402
 
 from llmtrain.config.run import RunConfig  # noqa: E402
 from llmtrain.layout.mesh import MeshShape  # noqa: E402
@@ -27,6 +27,7 @@ from llmtrain.layout.traffic import traffic  # noqa: E402
 
 SIZE = Size(layers=1, hidden=64, heads=2, experts=16, vocabulary=32, sequences=8, length=64)
 TOKENS = SIZE.sequences * SIZE.length
+WORKER = EXAMPLE / "worker.py"
 NO_NETWORK = network.refuse()
 
 
@@ -37,7 +38,7 @@ def expected_rows(arm: Arm, tokens: int, *, passes: int) -> int:
 
 
 def test_bigmac_sends_exactly_a_quarter():
-    with Ranks(2, None) as ranks:
+    with Ranks(2, None, worker=WORKER) as ranks:
         ranks.ask("build", size=list(SIZE))
         bench = measure.Bench(ranks, None, SIZE, say=print)
         for top_k in TOP_K:
@@ -70,7 +71,7 @@ def closed_form(arm: Arm) -> float:
 @pytest.mark.skipif(NO_NETWORK is not None, reason=str(NO_NETWORK))
 def test_ranks_in_namespaces_on_a_limited_wire():
     rate = 40e6
-    with network.Network(2) as wire, Ranks(2, wire) as ranks:
+    with network.Network(2) as wire, Ranks(2, wire, worker=WORKER) as ranks:
         ranks.ask("build", size=list(SIZE))
         bench = measure.Bench(ranks, wire, SIZE, say=print)
         free = bench.step(Arm(FINE, 8))

@@ -16,7 +16,8 @@ from llmtrain.model.sampling import Sampling
 from llmtrain.model.scoring import cross_entropy_sum
 from llmtrain.ops import Mask
 from llmtrain.parallel import mesh as world
-from llmtrain.tools.open_model import empty_model, open_model, read_model_config
+from llmtrain.tools.host_layers import host_blocks
+from llmtrain.tools.open_model import OpenModel, empty_model, open_model, read_model_config
 from llmtrain.tools.shared import mesh_axes
 
 PROMPTS = [[5, 3, 9], [1, 2, 3, 4, 5, 6, 7], [11]]
@@ -30,9 +31,12 @@ def ask(models: dict[str, str | dict], meshes: dict[str, dict[str, dict]]) -> di
         answers[name] = {}
         for shape, axes in meshes[name].items():
             cfg = read_model_config(source) if isinstance(source, str) else ModelConfig.model_validate(source)
-            options = Namespace(**{"tp": 1, "pp": 1, "ep": 1} | axes)
+            options = Namespace(**{"tp": 1, "pp": 1, "ep": 1, "tp_chunks": 1, "host_layers": "0"} | axes)
             mesh = world.start(ParallelConfig(**mesh_axes(options, cfg)), device=select("cpu"))
-            answers[name][shape] = answer(opened(source, mesh if mesh.world > 1 else None), mesh)
+            model = opened(source, mesh if mesh.world > 1 else None)
+            if options.tp_chunks > 1:
+                model.set_tp_chunks(options.tp_chunks)
+            answers[name][shape] = answer(model, mesh, host=options.host_layers)
             mesh.leave()
     return answers
 
@@ -55,11 +59,13 @@ def opened(source: str | dict, mesh: world.Mesh | None) -> nn.Module:
 
 
 @torch.no_grad()
-def answer(model: nn.Module, mesh: world.Mesh) -> dict:
-    """Logits, greedy tokens with a cache, a loss, and how many numbers each rank holds."""
+def answer(model: nn.Module, mesh: world.Mesh, *, host: str) -> dict:
+    """Logits, greedy tokens with a cache, of which `host` layers are on the host, a loss, and how many numbers each rank holds."""
     tokens = torch.arange(22).reshape(2, 11) * 7 % 97
     logits = model(tokens, mask=Mask())["logits"]
-    rows = generate(CachedRunner(model, slots=3, capacity=20), PROMPTS, Sampling(max_new=9, temperature=0))
+    asked = Namespace(host_layers=host, tp=mesh.shape.tp, tp_chunks=1)
+    blocks = host_blocks(asked, OpenModel(model, model.cfg, None), mesh, slots=3, capacity=20)
+    rows = generate(CachedRunner(model, slots=3, capacity=20, host=blocks), PROMPTS, Sampling(max_new=9, temperature=0))
     nats, count = cross_entropy_sum(model, torch.arange(40) * 5 % 97, context=16)
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     return {"logits": logits.numpy(), "tokens": [row.tokens for row in rows], "loss": nats / count, "held": mesh.gather(held)}

@@ -97,7 +97,7 @@ def copier(**options) -> OpenModel:
 
 
 def test_perplexity_of_text_and_token_files(opened, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_model", lambda *a, **k: opened)
+    monkeypatch.setattr(evaluate, "open_shared", lambda options, mesh: opened)
     (tmp_path / "a.txt").write_text(TEXT)
     with TokenWriter(tmp_path / "a", np.uint16) as writer:
         writer.add(list(TEXT.encode()))
@@ -117,7 +117,7 @@ def test_perplexity_of_text_and_token_files(opened, tmp_path, capsys, monkeypatc
 
 
 def test_perplexity_of_what_cannot_be(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_model", lambda *a, **k: opened)
+    monkeypatch.setattr(evaluate, "open_shared", lambda options, mesh: opened)
     (tmp_path / "short.txt").write_text("x")
     with pytest.raises(UserError, match="has 1 tokens"):
         evaluate.main(["x", "perplexity", str(tmp_path / "short.txt")])
@@ -165,7 +165,7 @@ def test_a_real_models_cached_scores_are_those_of_whole_passes(opened):
 
 
 def test_the_verb_needle(opened, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_model", lambda *a, **k: opened)
+    monkeypatch.setattr(evaluate, "open_shared", lambda options, mesh: opened)
     (tmp_path / "hay.txt").write_text(TEXT)
     pytest.importorskip("matplotlib", reason="the plot is drawn with it")
     words = ["x", "needle", "--lengths", "100", "140", "--depths", "0", "1", "--trials", "1", "--text", str(tmp_path / "hay.txt")]
@@ -182,7 +182,7 @@ def test_the_verb_needle(opened, tmp_path, capsys, monkeypatch):
 
 def test_the_base_that_reaches_far_enough_is_chosen(tmp_path, capsys, monkeypatch):
     far = copier()
-    monkeypatch.setattr(evaluate, "open_model", lambda *a, **k: far)
+    monkeypatch.setattr(evaluate, "open_shared", lambda options, mesh: far)
     (tmp_path / "hay.txt").write_text(TEXT)
     words = ["x", "rope-base", "--length", "200", "--bases", "8000", "1e5", "20000", "--trials", "1", "--text", str(tmp_path / "hay.txt")]
     assert evaluate.main([*words, "--out", str(tmp_path / "r.json")]) == 0
@@ -206,7 +206,7 @@ def test_choosing_the_base():
 
 
 def test_without_lm_eval_the_message_says_what_to_install(opened, monkeypatch):
-    monkeypatch.setattr(evaluate, "open_model", lambda *a, **k: opened)
+    monkeypatch.setattr(evaluate, "open_shared", lambda options, mesh: opened)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "llmtrain.tools.lm_eval_tasks", raising=False)

@@ -7,16 +7,18 @@ import pytest
 import torch
 import yaml
 
+from llmtrain.config.cache_split import Answering, fixed_parts, layer_bytes
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
-from llmtrain.device import select
+from llmtrain.device import Memory, select
+from llmtrain.device.cpu import CpuDevice
 from llmtrain.errors import UserError
 from llmtrain.model import initialise
 from llmtrain.model.decode import CachedRunner, UncachedRunner
 from llmtrain.model.decode import generate as generate_tokens
 from llmtrain.model.sampling import Sampling
 from llmtrain.ops import Mask
-from llmtrain.tools import generate, open_model
+from llmtrain.tools import generate, host_layers, open_model
 from llmtrain.tools.open_model import load_model
 from llmtrain.train.checkpoint import Checkpointer
 
@@ -245,6 +247,51 @@ def test_what_a_user_can_get_wrong(run, tmp_path):
     other = cfg.model_copy(update={"model": cfg.model.model_copy(update={"layers": 3})})
     with pytest.raises(UserError, match=r"does not fit.*blocks\.2"):
         load_model(other, checkpoint=folder / "checkpoints/step-00000003")
+
+
+def test_layers_on_the_host_give_the_same_text(run, capsys, monkeypatch):
+    folder, cfg, _ = run
+    words = [str(folder), "-p", "ROMEO:", "-p", "A longer prompt", "--max-new", "16", "--temperature", "0.7"]
+    assert generate.main(words) == 0
+    text, _ = read(capsys)
+    assert generate.main([*words, "--host-layers", "1"]) == 0
+    again, err = read(capsys)
+    assert again == text and f"of 1 of {cfg.model.layers} layers on the host" in err
+    # A device with room for the model, a prompt's pass and the cache of one layer and a half.
+    opened = open_model.open_model(folder, device="cpu")
+    tokens = max(len(opened.encode(text)) for text in ("ROMEO:", "A longer prompt")) + 16
+    asked = Answering(rows=2, tokens=tokens, itemsize=next(opened.model.parameters()).dtype.itemsize)
+    room = sum(fixed_parts(cfg.model, asked).values()) + 1.5 * layer_bytes(cfg.model, asked)
+    monkeypatch.setattr(CpuDevice, "memory", lambda self: Memory(0, 0, int(room / (1 - host_layers.RESERVED)) + 1))
+    assert generate.main([*words, "--host-layers", "auto"]) == 0
+    again, err = read(capsys)
+    assert again == text and f"of {cfg.model.layers - 1} of {cfg.model.layers} layers on the host" in err
+    monkeypatch.setattr(CpuDevice, "memory", lambda self: Memory(0, 0, 1000))
+    with pytest.raises(UserError, match="weights and a prompt's pass alone exceed"):
+        generate.main([*words, "--host-layers", "auto"])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--host-layers", "few"], "--host-layers few: allowed are auto and a number"),
+        (["--host-layers", "9"], "--host-layers 9: the model has"),
+        (["--host-layers", "1", "--pp", "2"], "layers on the host need --pp 1"),
+        (["--hardware", "v100-32"], "belong to --plan"),
+        (["--plan", "0"], "--plan 0: give a number of tokens"),
+        (["--plan", "9", "--ep", "2"], "would keep the same cache"),
+    ],
+)
+def test_what_cannot_be_on_the_host_is_refused(run, words, message):
+    with pytest.raises(UserError, match=message):
+        generate.main([str(run[0]), "-p", "x", "--max-new", "2", *words])
+
+
+def test_a_plan_needs_neither_weights_nor_prompts(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: {layers: 2, hidden: 64, vocab_size: 100}")
+    assert generate.main([str(tmp_path), "--plan", "4096", "--hardware", "v100-32", "--host-memory", "1", "--tp", "2"]) == 0
+    out, _ = read(capsys)
+    assert "8 sequences of 4,096 tokens on 2 x v100-32 of 32.0 GiB" in out and "on the host: 0 of 2 layers, 0.0 GiB: fits" in out
 
 
 def test_other_formats_than_the_stored_one(run):

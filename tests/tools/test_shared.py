@@ -26,10 +26,15 @@ FAMILIES = {
 EXPERTS = {"kind": "moe", "experts": 8, "top_k": 2, "hidden": 40, "activation": "gelu", "bias": True, "descend": 16, "shared_experts": 1}
 BIGMAC = {"vocab_size": 97, "layers": 2, "hidden": 32, "max_seq_len": 64, "attention": {"heads": 4}, "init": {"std": 0.2}}
 BIGMAC |= {"ffn": EXPERTS | {"capacity": {"factor": 1.0}}}
-DENSE = {1: {"one": {}}, 2: {"tp 2": {"tp": 2}, "pp 2": {"pp": 2}}, 4: {"tp 4": {"tp": 4}, "tp 2 x pp 2": {"tp": 2, "pp": 2}}}
+TILES = {"tp 2 in 3 tiles": {"tp": 2, "tp_chunks": 3}, "tp 2, a layer on the host": {"tp": 2, "tp_chunks": 2, "host_layers": "1"}}
+DENSE = {
+    1: {"one": {}},
+    2: {"tp 2": {"tp": 2}, "pp 2": {"pp": 2}} | TILES,
+    4: {"tp 4": {"tp": 4}, "tp 2 x pp 2": {"tp": 2, "pp": 2}},
+}
 SPARSE = {
     1: {"one": {}},
-    2: {"tp 2": {"tp": 2}, "ep 2": {"ep": 2}, "tp 2, ep 2": {"tp": 2, "ep": 2}},
+    2: {"tp 2": {"tp": 2}, "ep 2": {"ep": 2}, "tp 2, ep 2": {"tp": 2, "ep": 2}} | TILES,
     4: {"tp 2, ep 4": {"tp": 2, "ep": 4}, "ep 2 x pp 2": {"ep": 2, "pp": 2}},
 }
 SMALL = SPARSE | {4: {}}
@@ -80,6 +85,7 @@ MIXTRAL = ("mixtral", {"num_key_value_heads": 4, "intermediate_size": 22})
         (("--ep", "3", "--tp", "2"), "one of --tp and --ep must be a multiple of the other", MIXTRAL),
         (("--ep", "3"), "parallel.ep 3 does not divide model.ffn.experts 4", MIXTRAL),
         (("--tp", "4"), "parallel.etp 4 does not divide model.ffn.hidden 22", MIXTRAL),
+        (("--tp-chunks", "2"), "--tp-chunks 2, --tp 1: at least 1, and above 1 with a --tp above 1 alone", ("llama", {})),
         (("--tp", "2", "--timeout", "0"), "--timeout 0: must be above 0", ("llama", {})),
     ],
 )

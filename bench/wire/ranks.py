@@ -8,9 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from network import Network
+from wire.network import Network
 
-HERE = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parent.parent
 PORT = 29500
 """Where ranks meet, in namespaces that have no other use."""
 
@@ -20,11 +20,14 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """A context: `count` processes of worker.py, in the namespaces of `network`, or on loopback without one."""
+    """A context: `count` processes of the script `worker`, in the namespaces of `network`, or on loopback without one.
 
-    def __init__(self, count: int, network: Network | None):
-        self.count, self.network, self.port = count, network, PORT if network else free_port()
-        self.logs = tempfile.TemporaryDirectory(prefix="bigmac-")
+    The script answers requests as `train_peers.answering` reads them: a JSON mapping per line, `do` naming what is asked for.
+    """
+
+    def __init__(self, count: int, network: Network | None, *, worker: Path):
+        self.count, self.network, self.port, self.worker = count, network, PORT if network else free_port(), worker
+        self.logs = tempfile.TemporaryDirectory(prefix="wire-")
         self.processes: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Ranks":
@@ -64,10 +67,10 @@ class Ranks:
         if self.network is not None:
             there = {"MASTER_ADDR": self.network.address(0), "GLOO_SOCKET_IFNAME": "eth0"}
         there |= {"MASTER_PORT": str(self.port), "WORLD_SIZE": str(self.count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(BENCH.parent), str(BENCH), os.environ.get("PYTHONPATH", "")])
         with self._log(rank).open("w") as log:
             return subprocess.Popen(
-                [*(self.network.command(rank) if self.network else []), sys.executable, str(HERE / "worker.py")],
+                [*(self.network.command(rank) if self.network else []), sys.executable, str(self.worker)],
                 env=os.environ | there | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

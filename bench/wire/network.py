@@ -17,7 +17,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-PREFIX = "llmtrain-bigmac"
+PREFIX = "llmtrain-wire"
 PAYLOAD = 4096
 """Bytes of data in a full frame, as on InfiniBand."""
 FRAME = PAYLOAD + 32 + 20 + 14

@@ -1,0 +1,1 @@
+"""What bench/tiled_reduce.py measures and how it says so."""
