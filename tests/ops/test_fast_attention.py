@@ -26,7 +26,7 @@ def test_auto_takes_none_of_them(op, name, triton_here):
     assert choose(op, HOPPER, name).name == name
     assert choose(op, HOPPER).name != name
     speeds = {entry.name: entry.speed for entry in implementations(op)}
-    assert speeds[name] == UNMEASURED == min(speeds.values()) < speeds["reference"]
+    assert speeds[name] == UNMEASURED < speeds["reference"]
 
 
 @pytest.mark.parametrize(
