@@ -1,0 +1,24 @@
+// What a kernel is given. `attention.py` builds the same struct with ctypes: keep the order of the fields.
+#pragma once
+
+// A tensor [batch, head, row, HEAD_DIM] of fp16; strides in elements, rows contiguous and aligned to 16 bytes.
+struct View {
+    unsigned long long data;
+    long long batch, head, row;
+};
+
+struct Args {
+    View x, y;        // the rows that a block owns: Q (and dO), or K (and V)
+    View c, d;        // the columns that it walks over: K and V, or Q and dO
+    View out;         // the rows' result: O, dQ, dK or dV
+    const int* seen;  // [batch or 1, rows, 2]: row r sees the columns from seen[r][0] up to, not including, seen[r][1]
+    float* lse;       // forward: [batch, heads, rows], written
+    const float* lse2;   // backward: [batch, query heads, padded], log2(e) times the log-sum-exp, +infinity where a query sees nothing
+    const float* delta;  // backward: [batch, query heads, padded], sum of dO * O less the gradient of the log-sum-exp
+    long long seen_batch;  // 0 if all batch rows share `seen`
+    int rows, cols, padded;
+    int query_heads, group;  // query heads, and how many of them share a key head
+    float scale2;    // log2(e) times the scale of the scores, over `before`
+    float before;    // fp16 scores: the power of two by which Q is multiplied when it is loaded
+    float after;     // by which the result is multiplied
+};

@@ -1,0 +1,280 @@
+// Flash attention for Volta: forward, and the gradients of Q, K and V in a kernel each. README.md has the budget and the fragment maps.
+//
+// All of them are one walk: a block owns 128 rows, a warp 32 of them; it goes over tiles of columns, forms scores = rows * columns^T,
+// turns them into weights in registers and adds weights * columns to its result.
+//
+//   kernel          rows     columns  scores   weights                       result
+//   volta_forward   Q        K, V     Q K^T    P, by online softmax          O  = P V
+//   volta_grad_q    Q, dO    K, V     Q K^T    dS = P * (dO V^T - delta)     dQ = dS K
+//   volta_grad_k    K, V     Q, dO    K Q^T    dS^T = P^T * (V dO^T - delta) dK = dS^T Q
+//   volta_grad_v    K        Q, dO    K Q^T    P^T                           dV = P^T dO
+//
+// No result is shared by two blocks, so nothing is atomic and every run gives the same bits.
+#ifdef __CUDACC__
+#include "device.cuh"
+#else
+#include "device.h"
+#endif
+#include "tile.cuh"
+
+enum Kind { FORWARD, GRAD_Q, GRAD_K, GRAD_V };
+
+// Which columns rows see: the smallest first and largest end of all, and the strictest of them.
+struct Reach {
+    int first, end, all_first, all_end;
+};
+
+DEVICE int2 seen_by(const Args& args, int row) {
+    const int2 none = make_int2(0x7fffffff, 0);
+    if (row >= args.rows) return none;
+    int2 seen = load_pair(args.seen + 2 * (blockIdx.z * args.seen_batch + row));
+    return seen.x < seen.y ? seen : none;
+}
+
+// Of the warp's rows, and in `block` of the block's.
+DEVICE Reach reach_of(const Args& args, int row0, const Lane& lane, Reach& block) {
+    Reach own = {};
+    block = {0x7fffffff, 0, 0, 0};
+    UNROLL for (int warp = 0; warp < WARPS; ++warp) {
+        int2 seen = seen_by(args, row0 + 32 * warp + lane.id);
+        block.first = min(block.first, seen.x), block.end = max(block.end, seen.y);
+        if (warp == lane.warp) own = {seen.x, seen.y, seen.x, seen.y};
+    }
+    UNROLL for (int across = 1; across < 32; across *= 2) {
+        block.first = min(block.first, exchange(block.first, across)), block.end = max(block.end, exchange(block.end, across));
+        own.first = min(own.first, exchange(own.first, across)), own.end = max(own.end, exchange(own.end, across));
+        own.all_first = max(own.all_first, exchange(own.all_first, across)), own.all_end = min(own.all_end, exchange(own.all_end, across));
+    }
+    return own;
+}
+
+// The block's rows, into the tile at byte `to`; times `by` if it is not 0.
+DEVICE void load_rows(const View& view, long long from, int row0, int rows, u32 to, float by) {
+    const int chunk = threadIdx.x % SLOTS, row = threadIdx.x / SLOTS;
+    UNROLL for (int at = 0; at < ROWS; at += THREADS / SLOTS) {
+        uint4 value = load_global(view, from + (row0 + at + row) * view.row + chunk * 8, row0 + at + row < rows && chunk < CHUNKS);
+        if (by != 0) value.x = times(value.x, by), value.y = times(value.y, by), value.z = times(value.z, by), value.w = times(value.w, by);
+        store_shared(to + chunk_at(row_start(row), chunk) + at * ROW_BYTES, value, chunk < CHUNKS);
+    }
+}
+
+// The running maximum (in powers of two) and sum of exponentials of a row.
+struct Softmax {
+    float top, sum;
+
+    DEVICE Softmax() : top(-infinity()), sum(0) {}
+
+    // Takes in a new maximum; returns by what sums up to now are to be multiplied, and in `shift` what to subtract from exponents.
+    DEVICE float raise(float to, float& shift) {
+        float before = top;
+        top = fmaxf(top, to);
+        shift = top == -infinity() ? 0 : top;
+        float factor = power_of_two(before - shift);
+        sum *= factor;
+        return factor;
+    }
+};
+
+// Online softmax of a tile summed in fp32. Each row's numbers lie in two lanes.
+template <int BLOCKS>
+DEVICE void soften(float (&scores)[BLOCKS][8], u32 (&weights)[BLOCKS][4], Softmax (&rows)[2], float (&factor)[2], float scale2, const Lane& lane) {
+    float top[2] = {-infinity(), -infinity()}, shift[2];
+    UNROLL for (int j = 0; j < BLOCKS; ++j)
+        UNROLL for (int v = 0; v < 8; ++v) top[v >> 1 & 1] = fmaxf(top[v >> 1 & 1], scores[j][v]);
+    UNROLL for (int r = 0; r < 2; ++r) {
+        top[r] = fmaxf(top[r], exchange(top[r], 2));
+        factor[r] = rows[r].raise(top[r] * scale2, shift[r]);
+    }
+    UNROLL for (int j = 0; j < BLOCKS; ++j) {
+        UNROLL for (int v = 0; v < 8; ++v) {
+            scores[j][v] = power_of_two(fmaf(scores[j][v], scale2, -shift[v >> 1 & 1]));
+            rows[v >> 1 & 1].sum += scores[j][v];
+        }
+        to_operand(scores[j], weights[j], lane);
+    }
+}
+
+// The same for a tile summed in fp16. A lane holds a row of its own, in the order of a left operand: no exchange at all.
+template <int BLOCKS>
+DEVICE void soften(u32 (&scores)[BLOCKS][4], u32 (&weights)[BLOCKS][4], Softmax (&rows)[2], float (&factor)[2], float scale2, const Lane& lane) {
+    float top = -infinity(), shift;
+    UNROLL for (int j = 0; j < BLOCKS; ++j)
+        UNROLL for (int i = 0; i < 4; ++i) top = fmaxf(top, fmaxf(unpack(scores[j][i]).x, unpack(scores[j][i]).y));
+    float own = rows[0].raise(top * scale2, shift);
+    UNROLL for (int r = 0; r < 2; ++r) factor[r] = from_lane(own, lane.row(r));
+    UNROLL for (int j = 0; j < BLOCKS; ++j)
+        UNROLL for (int i = 0; i < 4; ++i) {
+            float2 pair = unpack(scores[j][i]);
+            pair.x = power_of_two(fmaf(pair.x, scale2, -shift)), pair.y = power_of_two(fmaf(pair.y, scale2, -shift));
+            rows[0].sum += pair.x + pair.y;
+            weights[j][i] = pack(pair.x, pair.y);
+        }
+}
+
+DEVICE void hide(float (&sums)[8], int column, const int2 (&seen)[2], float hidden, const Lane& lane) {
+    UNROLL for (int v = 0; v < 8; ++v) {
+        int at = column + lane.column(v), r = v >> 1 & 1;
+        if (at < seen[r].x || at >= seen[r].y) sums[v] = hidden;
+    }
+}
+
+DEVICE void hide(u32 (&sums)[4], int column, const int2 (&seen)[2], float hidden, const Lane& lane) {
+    const int2 own = lane.odd ? seen[1] : seen[0];
+    UNROLL for (int i = 0; i < 4; ++i) {
+        int at = column + 2 * i;
+        float2 pair = unpack(sums[i]);
+        sums[i] = pack(at < own.x || at >= own.y ? hidden : pair.x, at + 1 < own.x || at + 1 >= own.y ? hidden : pair.y);
+    }
+}
+
+struct WideScores {
+    typedef float Sum[8];
+    DEVICE static void multiply(Sum& c, u32 a0, u32 a1, u32 b0, u32 b1) { mma_row_col(c, a0, a1, b0, b1); }
+};
+
+struct HalfScores {
+    typedef u32 Sum[4];
+    DEVICE static void multiply(Sum& c, u32 a0, u32 a1, u32 b0, u32 b1) { mma_row_col_half(c, a0, a1, b0, b1); }
+};
+
+// Per query: of a row from registers, of a column from memory.
+struct Statistic {
+    float row[2];
+    const float* columns;
+    DEVICE void get(float (&values)[8], bool by_column, int column, const Lane& lane) const {
+        UNROLL for (int v = 0; v < 8; v += 2) {
+            float2 pair = by_column && !(v & 2) ? load_pair(columns + column + lane.column(v)) : make_float2(0, 0);
+            if (by_column && (v & 2)) pair = make_float2(values[v - 2], values[v - 1]);
+            values[v] = by_column ? pair.x : row[v >> 1 & 1], values[v + 1] = by_column ? pair.y : row[v >> 1 & 1];
+        }
+    }
+};
+
+// The result, times a factor for each of the lane's rows, to global memory: a lane writes the row that is its own.
+DEVICE void write(const Args& args, float (&result)[CHUNKS / 2][2][8], const float (&factor)[2], int row0, const Lane& lane) {
+    const int row = row0 + 32 * lane.warp + lane.id;
+    const long long to = blockIdx.z * args.out.batch + blockIdx.y * args.out.head + row * args.out.row;
+    UNROLL for (int pair = 0; pair < CHUNKS / 2; ++pair) {
+        u32 halves[2][4];
+        UNROLL for (int u = 0; u < 2; ++u) {
+            UNROLL for (int v = 0; v < 8; ++v) result[pair][u][v] *= factor[v >> 1 & 1];
+            to_operand(result[pair][u], halves[u], lane);
+        }
+        if (row < args.rows) {
+            store_global(args.out, to + 16 * pair, make_uint4(halves[0][0], halves[0][1], halves[1][0], halves[1][1]));
+            store_global(args.out, to + 16 * pair + 8, make_uint4(halves[0][2], halves[0][3], halves[1][2], halves[1][3]));
+        }
+    }
+}
+
+template <Kind KIND, class Scores>
+DEVICE void walk(const Args& args) {
+    constexpr bool BY_KEY = KIND == GRAD_K || KIND == GRAD_V, TWO = KIND == GRAD_Q || KIND == GRAD_K;
+    constexpr bool HALF = sizeof(typename Scores::Sum) == 16;
+    constexpr int COLUMNS = TWO ? 32 : 64, BLOCKS = COLUMNS / 8;
+    constexpr u32 TILE = COLUMNS * ROW_BYTES, STAGES = (TWO ? 2 : 1) * ROWS * ROW_BYTES;
+    typedef Mover<COLUMNS> Copy;
+    constexpr int HALFWAY = Copy::PIECES / 2;
+
+    const Lane lane;
+    // Later queries see more keys: they start first, so that no long block is left for the end.
+    const int row0 = (BY_KEY ? blockIdx.x : gridDim.x - 1 - blockIdx.x) * ROWS;
+    const int heads = BY_KEY ? args.group : 1, column_head = BY_KEY ? blockIdx.y * args.group : blockIdx.y / args.group;
+    const int head_row = blockIdx.z * args.query_heads + (BY_KEY ? column_head : blockIdx.y);
+
+    load_rows(args.x, blockIdx.z * args.x.batch + blockIdx.y * args.x.head, row0, args.rows, 0, HALF ? args.before : 0);
+    if (TWO) load_rows(args.y, blockIdx.z * args.y.batch + blockIdx.y * args.y.head, row0, args.rows, ROWS * ROW_BYTES, 0);
+
+    Reach block;
+    const Reach own = reach_of(args, row0, lane, block);
+    int2 seen[2];
+    Statistic lse2, delta;
+    UNROLL for (int r = 0; r < 2; ++r) {
+        const int row = row0 + 32 * lane.warp + lane.row(r);
+        seen[r] = seen_by(args, row);
+        if (KIND == GRAD_Q && row < args.rows) {
+            lse2.row[r] = load_one(args.lse2 + (long long)head_row * args.padded + row);
+            delta.row[r] = load_one(args.delta + (long long)head_row * args.padded + row);
+        } else {
+            lse2.row[r] = delta.row[r] = 0;
+        }
+    }
+
+    const int first = block.first / COLUMNS, last = (block.end + COLUMNS - 1) / COLUMNS;
+    const int steps = last > first ? last - first : 0, total = steps * heads;
+    const u32 x = row_start(32 * lane.warp + lane.id);
+    const u32 across = STAGES + row_start(lane.t), along = (STAGES + row_start(lane.t & 3)) ^ (lane.t >> 2) * 16;
+
+    float result[CHUNKS / 2][2][8] = {};
+    Softmax softmax[2];
+    Copy copy(args.c, args.d);
+    int step = 0, head = 0;
+    const long long c_from = blockIdx.z * args.c.batch + column_head * args.c.head;
+    const long long d_from = blockIdx.z * args.d.batch + column_head * args.d.head;
+    copy.aim(c_from, d_from, first * COLUMNS, total ? args.cols : -1, STAGES);
+    copy.move_all();
+
+    for (int n = 0; n < total; ++n) {
+        // Behind this, stage n % 2 is filled, and nobody reads the other one any more.
+        block_barrier();
+        const int column = (first + step) * COLUMNS, column_row = head;
+        const u32 stage = n % 2 * 2 * TILE;
+        if (++step == steps) step = 0, ++head;
+        copy.aim(c_from + head * args.c.head, d_from + head * args.d.head, (first + step) * COLUMNS, n + 1 < total ? args.cols : -1,
+                 STAGES + (2 * TILE - stage));
+        if (column >= own.end || column + COLUMNS <= own.first) {  // no row of this warp sees any of these columns
+            copy.move_all();
+            continue;
+        }
+        const bool partly = column < own.all_first || column + COLUMNS > own.all_end;
+        typename Scores::Sum scores[BLOCKS] = {};
+        u32 weights[BLOCKS][4];
+        product<0, HALFWAY>(scores, afresh(x), across + stage, Scores::multiply, copy);
+        if constexpr (KIND == FORWARD) {
+            if (partly)
+                UNROLL for (int j = 0; j < BLOCKS; ++j) hide(scores[j], column + 8 * j, seen, -infinity(), lane);
+            float factor[2];
+            soften(scores, weights, softmax, factor, args.scale2, lane);
+            if (any_lane(factor[0] != 1 || factor[1] != 1))
+                UNROLL for (int pair = 0; pair < CHUNKS / 2; ++pair)
+                    UNROLL for (int i = 0; i < 16; ++i) result[pair][i / 8][i % 8] *= factor[i >> 1 & 1];
+        } else {
+            const long long query_row = (long long)(head_row + column_row) * args.padded;
+            lse2.columns = args.lse2 + query_row, delta.columns = args.delta + query_row;
+            float slopes[BLOCKS][8];
+            UNROLL for (int j = 0; j < BLOCKS; ++j) {
+                float statistic[8];
+                lse2.get(statistic, BY_KEY, column + 8 * j, lane);
+                UNROLL for (int v = 0; v < 8; ++v) scores[j][v] = power_of_two(fmaf(scores[j][v], args.scale2, -statistic[v]));
+                if (partly) hide(scores[j], column + 8 * j, seen, 0, lane);
+                if (TWO) delta.get(slopes[j], BY_KEY, column + 8 * j, lane);
+                UNROLL for (int v = 0; v < 8; ++v) slopes[j][v] = TWO ? -slopes[j][v] : 0;
+            }
+            if (TWO) product<0, 0>(slopes, afresh(x + (u32)ROWS * ROW_BYTES), across + stage + TILE, WideScores::multiply, copy);
+            UNROLL for (int j = 0; j < BLOCKS; ++j) {
+                UNROLL for (int v = 0; v < 8; ++v) slopes[j][v] = TWO ? scores[j][v] * slopes[j][v] : scores[j][v];
+                to_operand(slopes[j], weights[j], lane);
+            }
+        }
+        accumulate<HALFWAY, HALFWAY>(result, weights, along + stage + (TWO ? 0 : TILE), copy);
+    }
+
+    float factor[2] = {args.after, args.after};
+    if constexpr (KIND == FORWARD) {
+        UNROLL for (int r = 0; r < 2; ++r) {
+            float top = HALF ? from_lane(softmax[0].top, lane.row(r)) : softmax[r].top;
+            float sum = HALF ? from_lane(softmax[0].sum, lane.row(r)) : softmax[r].sum + exchange(softmax[r].sum, 2);
+            factor[r] = sum > 0 ? 1 / sum : 0;
+            const int row = row0 + 32 * lane.warp + lane.row(r);
+            if (r == lane.odd && row < args.rows)
+                store_one(args.lse + ((long long)head_row * args.rows + row), (top + log_two(sum)) * 0.69314718056f);
+        }
+    }
+    write(args, result, factor, row0, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) volta_forward(const Args args) { walk<FORWARD, WideScores>(args); }
+extern "C" __global__ void __launch_bounds__(THREADS) volta_forward_half(const Args args) { walk<FORWARD, HalfScores>(args); }
+extern "C" __global__ void __launch_bounds__(THREADS) volta_grad_q(const Args args) { walk<GRAD_Q, WideScores>(args); }
+extern "C" __global__ void __launch_bounds__(THREADS) volta_grad_k(const Args args) { walk<GRAD_K, WideScores>(args); }
+extern "C" __global__ void __launch_bounds__(THREADS) volta_grad_v(const Args args) { walk<GRAD_V, WideScores>(args); }
