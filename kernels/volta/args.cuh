@@ -13,8 +13,9 @@ struct Args {
     View out;         // the rows' result: O, dQ, dK or dV
     const int* seen;  // [batch or 1, rows, 2]: row r sees the columns from seen[r][0] up to, not including, seen[r][1]
     float* lse;       // forward: [batch, heads, rows], written
-    const float* lse2;   // backward: [batch, query heads, padded], log2(e) times the log-sum-exp, +infinity where a query sees nothing
-    const float* delta;  // backward: [batch, query heads, padded], sum of dO * O less the gradient of the log-sum-exp
+    // Backward: [batch, query heads, padded / 32, 2, 32]. First log2(e) times the log-sum-exp, +infinity where a query sees nothing, then
+    // delta: the sum of dO * O, less the gradient of the log-sum-exp.
+    const float* statistics;
     long long seen_batch;  // 0 if all batch rows share `seen`
     int rows, cols, padded;
     int query_heads, group;  // query heads, and how many of them share a key head

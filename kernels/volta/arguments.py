@@ -26,7 +26,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, View) for name in ("x", "y", "c", "d", "out")),
-        *((name, ctypes.c_uint64) for name in ("seen", "lse", "lse2", "delta")),
+        *((name, ctypes.c_uint64) for name in ("seen", "lse", "statistics")),
         ("seen_batch", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("rows", "cols", "padded", "query_heads", "group")),
         *((name, ctypes.c_float) for name in ("scale2", "before", "after")),

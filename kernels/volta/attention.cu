@@ -19,11 +19,6 @@
 
 enum Kind { FORWARD, GRAD_Q, GRAD_K, GRAD_V };
 
-// Which columns rows see: the smallest first and largest end of all, and the strictest of them.
-struct Reach {
-    int first, end, all_first, all_end;
-};
-
 DEVICE int2 seen_by(const Args& args, int row) {
     const int2 none = make_int2(0x7fffffff, 0);
     if (row >= args.rows) return none;
@@ -31,9 +26,15 @@ DEVICE int2 seen_by(const Args& args, int row) {
     return seen.x < seen.y ? seen : none;
 }
 
-// Of the warp's rows, and in `block` of the block's.
+// Tiles of columns, counted from column 0: those that some row sees a column of, and those that all rows see all of.
+struct Reach {
+    int first, end, full_first, full_end;
+};
+
+// Of the block's rows in first and end of `block`, and of the warp's rows.
+template <int COLUMNS>
 DEVICE Reach reach_of(const Args& args, int row0, const Lane& lane, Reach& block) {
-    Reach own = {};
+    int4 own = {};
     block = {0x7fffffff, 0, 0, 0};
     UNROLL for (int warp = 0; warp < WARPS; ++warp) {
         int2 seen = seen_by(args, row0 + 32 * warp + lane.id);
@@ -42,15 +43,17 @@ DEVICE Reach reach_of(const Args& args, int row0, const Lane& lane, Reach& block
     }
     UNROLL for (int across = 1; across < 32; across *= 2) {
         block.first = min(block.first, exchange(block.first, across)), block.end = max(block.end, exchange(block.end, across));
-        own.first = min(own.first, exchange(own.first, across)), own.end = max(own.end, exchange(own.end, across));
-        own.all_first = max(own.all_first, exchange(own.all_first, across)), own.all_end = min(own.all_end, exchange(own.all_end, across));
+        own.x = min(own.x, exchange(own.x, across)), own.y = max(own.y, exchange(own.y, across));
+        own.z = max(own.z, exchange(own.z, across)), own.w = min(own.w, exchange(own.w, across));
     }
-    return own;
+    block.first /= COLUMNS, block.end = (block.end + COLUMNS - 1) / COLUMNS;
+    return {own.x / COLUMNS, (own.y + COLUMNS - 1) / COLUMNS, own.z / COLUMNS + (own.z % COLUMNS != 0), own.w / COLUMNS};
 }
 
 // The block's rows, into the tile at byte `to`; times `by` if it is not 0.
-DEVICE void load_rows(const View& view, long long from, int row0, int rows, u32 to, float by) {
-    const int chunk = threadIdx.x % SLOTS, row = threadIdx.x / SLOTS;
+DEVICE void load_rows(const View& view, int row0, int rows, u32 to, float by) {
+    const int chunk = thread_now() % SLOTS, row = thread_now() / SLOTS;
+    const long long from = blockIdx.z * view.batch + blockIdx.y * view.head;
     UNROLL for (int at = 0; at < ROWS; at += THREADS / SLOTS) {
         uint4 value = load_global(view, from + (row0 + at + row) * view.row + chunk * 8, row0 + at + row < rows && chunk < CHUNKS);
         if (by != 0) value.x = times(value.x, by), value.y = times(value.y, by), value.z = times(value.z, by), value.w = times(value.w, by);
@@ -137,22 +140,21 @@ struct HalfScores {
     DEVICE static void multiply(Sum& c, u32 a0, u32 a1, u32 b0, u32 b1) { mma_row_col_half(c, a0, a1, b0, b1); }
 };
 
-// Per query: of a row from registers, of a column from memory.
-struct Statistic {
-    float row[2];
-    const float* columns;
-    DEVICE void get(float (&values)[8], bool by_column, int column, const Lane& lane) const {
-        UNROLL for (int v = 0; v < 8; v += 2) {
-            float2 pair = by_column && !(v & 2) ? load_pair(columns + column + lane.column(v)) : make_float2(0, 0);
-            if (by_column && (v & 2)) pair = make_float2(values[v - 2], values[v - 1]);
-            values[v] = by_column ? pair.x : row[v >> 1 & 1], values[v + 1] = by_column ? pair.y : row[v >> 1 & 1];
-        }
+// Statistics of the queries of a head: of every 32 the lse2, then the delta, so that one address serves both.
+DEVICE const float* statistics_of(const Args& args, int query_head) {
+    return args.statistics + 2 * (long long)(blockIdx.z * args.query_heads + query_head) * args.padded;
+}
+
+// A statistic for each of a lane's sums of a block: by column from memory, or that of its row.
+DEVICE void spread(float (&values)[8], const float* columns, const float (&rows)[2], bool by_column) {
+    UNROLL for (int v = 0; v < 8; v += 4) {
+        const float2 pair = by_column ? load_pair(columns + v) : make_float2(0, 0);
+        UNROLL for (int r = 0; r < 2; ++r) values[v + 2 * r] = by_column ? pair.x : rows[r], values[v + 2 * r + 1] = by_column ? pair.y : rows[r];
     }
-};
+}
 
 // The result, times a factor for each of the lane's rows, to global memory: a lane writes the row that is its own.
-DEVICE void write(const Args& args, float (&result)[CHUNKS / 2][2][8], const float (&factor)[2], int row0, const Lane& lane) {
-    const int row = row0 + 32 * lane.warp + lane.id;
+DEVICE void write(const Args& args, float (&result)[CHUNKS / 2][2][8], const float (&factor)[2], int row, const Lane& lane) {
     const long long to = blockIdx.z * args.out.batch + blockIdx.y * args.out.head + row * args.out.row;
     UNROLL for (int pair = 0; pair < CHUNKS / 2; ++pair) {
         u32 halves[2][4];
@@ -167,110 +169,113 @@ DEVICE void write(const Args& args, float (&result)[CHUNKS / 2][2][8], const flo
     }
 }
 
+// The block's first row. Later queries see more keys: they start first, so that no long block is left for the end.
+template <bool BY_KEY>
+DEVICE int first_row() {
+    const int tile = afresh(blockIdx.x);
+    return (BY_KEY ? tile : (int)gridDim.x - 1 - tile) * ROWS;
+}
+
 template <Kind KIND, class Scores>
 DEVICE void walk(const Args& args) {
     constexpr bool BY_KEY = KIND == GRAD_K || KIND == GRAD_V, TWO = KIND == GRAD_Q || KIND == GRAD_K;
     constexpr bool HALF = sizeof(typename Scores::Sum) == 16;
-    constexpr int COLUMNS = TWO ? 32 : 64, BLOCKS = COLUMNS / 8;
+    constexpr int STRIPS = TWO ? 1 : 2, STRIP = 32, BLOCKS = STRIP / 8, COLUMNS = STRIPS * STRIP;
     constexpr u32 TILE = COLUMNS * ROW_BYTES, STAGES = (TWO ? 2 : 1) * ROWS * ROW_BYTES;
     typedef Mover<COLUMNS> Copy;
-    constexpr int HALFWAY = Copy::PIECES / 2;
+    constexpr int PIECES = Copy::PIECES / STRIPS / 2;
 
-    const Lane lane;
-    // Later queries see more keys: they start first, so that no long block is left for the end.
-    const int row0 = (BY_KEY ? blockIdx.x : gridDim.x - 1 - blockIdx.x) * ROWS;
-    const int heads = BY_KEY ? args.group : 1, column_head = BY_KEY ? blockIdx.y * args.group : blockIdx.y / args.group;
-    const int head_row = blockIdx.z * args.query_heads + (BY_KEY ? column_head : blockIdx.y);
-
-    load_rows(args.x, blockIdx.z * args.x.batch + blockIdx.y * args.x.head, row0, args.rows, 0, HALF ? args.before : 0);
-    if (TWO) load_rows(args.y, blockIdx.z * args.y.batch + blockIdx.y * args.y.head, row0, args.rows, ROWS * ROW_BYTES, 0);
+    load_rows(args.x, first_row<BY_KEY>(), args.rows, 0, HALF ? args.before : 0);
+    if (TWO) load_rows(args.y, first_row<BY_KEY>(), args.rows, ROWS * ROW_BYTES, 0);
 
     Reach block;
-    const Reach own = reach_of(args, row0, lane, block);
-    int2 seen[2];
-    Statistic lse2, delta;
-    UNROLL for (int r = 0; r < 2; ++r) {
-        const int row = row0 + 32 * lane.warp + lane.row(r);
-        seen[r] = seen_by(args, row);
-        if (KIND == GRAD_Q && row < args.rows) {
-            lse2.row[r] = load_one(args.lse2 + (long long)head_row * args.padded + row);
-            delta.row[r] = load_one(args.delta + (long long)head_row * args.padded + row);
-        } else {
-            lse2.row[r] = delta.row[r] = 0;
+    const Reach own = reach_of<STRIP>(args, first_row<BY_KEY>(), Lane(thread_now()), block);
+    float lse2[2] = {}, delta[2] = {};
+    if (KIND == GRAD_Q) {
+        const Lane lane(thread_now());
+        const int row0 = first_row<BY_KEY>() + 32 * lane.warp;
+        const float* statistics = statistics_of(args, blockIdx.y) + 2 * row0;
+        UNROLL for (int r = 0; r < 2; ++r) {
+            const bool there = row0 + lane.row(r) < args.rows;
+            lse2[r] = there ? load_one(statistics + lane.row(r)) : 0;
+            delta[r] = there ? load_one(statistics + 32 + lane.row(r)) : 0;
         }
     }
 
-    const int first = block.first / COLUMNS, last = (block.end + COLUMNS - 1) / COLUMNS;
-    const int steps = last > first ? last - first : 0, total = steps * heads;
-    const u32 x = row_start(32 * lane.warp + lane.id);
-    const u32 across = STAGES + row_start(lane.t), along = (STAGES + row_start(lane.t & 3)) ^ (lane.t >> 2) * 16;
-
+    const int first = block.first / STRIPS, end = (block.end + STRIPS - 1) / STRIPS;
     float result[CHUNKS / 2][2][8] = {};
     Softmax softmax[2];
-    Copy copy(args.c, args.d);
-    int step = 0, head = 0;
-    const long long c_from = blockIdx.z * args.c.batch + column_head * args.c.head;
-    const long long d_from = blockIdx.z * args.d.batch + column_head * args.d.head;
-    copy.aim(c_from, d_from, first * COLUMNS, total ? args.cols : -1, STAGES);
-    copy.move_all();
+    int head = BY_KEY ? blockIdx.y * args.group : blockIdx.y / args.group, step = first;
+    const int last_head = first < end ? head + (BY_KEY ? args.group : 1) : head;
+    u32 stage = STAGES;
+    Copy(args.c, args.d, head, first * COLUMNS, args.cols, stage, head < last_head).move(0, Copy::PIECES);
 
-    for (int n = 0; n < total; ++n) {
-        // Behind this, stage n % 2 is filled, and nobody reads the other one any more.
+    while (head < last_head) {
+        // Behind this, this stage is filled, and nobody reads the other one any more.
         block_barrier();
-        const int column = (first + step) * COLUMNS, column_row = head;
-        const u32 stage = n % 2 * 2 * TILE;
-        if (++step == steps) step = 0, ++head;
-        copy.aim(c_from + head * args.c.head, d_from + head * args.d.head, (first + step) * COLUMNS, n + 1 < total ? args.cols : -1,
-                 STAGES + (2 * TILE - stage));
-        if (column >= own.end || column + COLUMNS <= own.first) {  // no row of this warp sees any of these columns
-            copy.move_all();
-            continue;
-        }
-        const bool partly = column < own.all_first || column + COLUMNS > own.all_end;
-        typename Scores::Sum scores[BLOCKS] = {};
-        u32 weights[BLOCKS][4];
-        product<0, HALFWAY>(scores, afresh(x), across + stage, Scores::multiply, copy);
-        if constexpr (KIND == FORWARD) {
+        const int strip0 = step * STRIPS, query_head = BY_KEY ? head : blockIdx.y;
+        if (++step == end) step = first, ++head;
+        Copy copy(args.c, args.d, head, step * COLUMNS, args.cols, 2 * STAGES + 2 * TILE - stage, head < last_head);
+        UNROLL for (int part = 0; part < STRIPS; ++part) {
+            const int strip = strip0 + part, column = strip * STRIP;
+            if (strip < own.first || strip >= own.end) {  // no row of this warp sees any of these columns
+                copy.move(2 * PIECES * part, 2 * PIECES);
+                continue;
+            }
+            const Lane lane(thread_now());
+            const u32 tile = stage + part * STRIP * ROW_BYTES, across = tile + row_start(lane.t);
+            const u32 along = (tile + row_start(lane.t & 3)) ^ (lane.t >> 2) * 16;
+            const bool partly = strip < own.full_first || strip >= own.full_end;
+            int2 seen[2];
             if (partly)
-                UNROLL for (int j = 0; j < BLOCKS; ++j) hide(scores[j], column + 8 * j, seen, -infinity(), lane);
-            float factor[2];
-            soften(scores, weights, softmax, factor, args.scale2, lane);
-            if (any_lane(factor[0] != 1 || factor[1] != 1))
-                UNROLL for (int pair = 0; pair < CHUNKS / 2; ++pair)
-                    UNROLL for (int i = 0; i < 16; ++i) result[pair][i / 8][i % 8] *= factor[i >> 1 & 1];
-        } else {
-            const long long query_row = (long long)(head_row + column_row) * args.padded;
-            lse2.columns = args.lse2 + query_row, delta.columns = args.delta + query_row;
-            float slopes[BLOCKS][8];
-            UNROLL for (int j = 0; j < BLOCKS; ++j) {
-                float statistic[8];
-                lse2.get(statistic, BY_KEY, column + 8 * j, lane);
-                UNROLL for (int v = 0; v < 8; ++v) scores[j][v] = power_of_two(fmaf(scores[j][v], args.scale2, -statistic[v]));
-                if (partly) hide(scores[j], column + 8 * j, seen, 0, lane);
-                if (TWO) delta.get(slopes[j], BY_KEY, column + 8 * j, lane);
-                UNROLL for (int v = 0; v < 8; ++v) slopes[j][v] = TWO ? -slopes[j][v] : 0;
+                UNROLL for (int r = 0; r < 2; ++r) seen[r] = seen_by(args, first_row<BY_KEY>() + 32 * lane.warp + lane.row(r));
+            typename Scores::Sum scores[BLOCKS] = {};
+            u32 weights[BLOCKS][4];
+            product<PIECES>(scores, row_start(thread_now()), across, Scores::multiply, copy, 2 * PIECES * part);
+            if constexpr (KIND == FORWARD) {
+                if (partly)
+                    UNROLL for (int j = 0; j < BLOCKS; ++j) hide(scores[j], column + 8 * j, seen, -infinity(), lane);
+                float factor[2];
+                soften(scores, weights, softmax, factor, args.scale2, lane);
+                if (any_lane(factor[0] != 1 || factor[1] != 1))
+                    UNROLL for (int pair = 0; pair < CHUNKS / 2; ++pair)
+                        UNROLL for (int i = 0; i < 16; ++i) result[pair][i / 8][i % 8] *= factor[i >> 1 & 1];
+            } else {
+                const float* statistics = statistics_of(args, query_head) + 2 * column + lane.column(0);
+                UNROLL for (int j = 0; j < BLOCKS; ++j) {
+                    float statistic[8];
+                    spread(statistic, statistics + 8 * j, lse2, BY_KEY);
+                    UNROLL for (int v = 0; v < 8; ++v) scores[j][v] = power_of_two(fmaf(scores[j][v], args.scale2, -statistic[v]));
+                    if (partly) hide(scores[j], column + 8 * j, seen, 0, lane);
+                }
+                float slopes[BLOCKS][8] = {};
+                if (TWO) product<0>(slopes, ROWS * ROW_BYTES + row_start(thread_now()), across + TILE, WideScores::multiply, copy, 0);
+                UNROLL for (int j = 0; j < BLOCKS; ++j) {
+                    float statistic[8] = {};
+                    if (TWO) spread(statistic, statistics + 32 + 8 * j, delta, BY_KEY);
+                    UNROLL for (int v = 0; v < 8; ++v) scores[j][v] *= TWO ? slopes[j][v] - statistic[v] : 1;
+                    to_operand(scores[j], weights[j], lane);
+                }
             }
-            if (TWO) product<0, 0>(slopes, afresh(x + (u32)ROWS * ROW_BYTES), across + stage + TILE, WideScores::multiply, copy);
-            UNROLL for (int j = 0; j < BLOCKS; ++j) {
-                UNROLL for (int v = 0; v < 8; ++v) slopes[j][v] = TWO ? scores[j][v] * slopes[j][v] : scores[j][v];
-                to_operand(slopes[j], weights[j], lane);
-            }
+            accumulate<PIECES>(result, weights, along + (TWO ? 0 : TILE), copy, 2 * PIECES * part + PIECES);
         }
-        accumulate<HALFWAY, HALFWAY>(result, weights, along + stage + (TWO ? 0 : TILE), copy);
+        stage = 2 * STAGES + 2 * TILE - stage;
     }
 
+    const Lane lane(thread_now());
+    const int row1 = first_row<BY_KEY>() + 32 * lane.warp, head_row = blockIdx.z * args.query_heads + blockIdx.y;
     float factor[2] = {args.after, args.after};
     if constexpr (KIND == FORWARD) {
         UNROLL for (int r = 0; r < 2; ++r) {
             float top = HALF ? from_lane(softmax[0].top, lane.row(r)) : softmax[r].top;
             float sum = HALF ? from_lane(softmax[0].sum, lane.row(r)) : softmax[r].sum + exchange(softmax[r].sum, 2);
             factor[r] = sum > 0 ? 1 / sum : 0;
-            const int row = row0 + 32 * lane.warp + lane.row(r);
+            const int row = row1 + lane.row(r);
             if (r == lane.odd && row < args.rows)
                 store_one(args.lse + ((long long)head_row * args.rows + row), (top + log_two(sum)) * 0.69314718056f);
         }
     }
-    write(args, result, factor, row0, lane);
+    write(args, result, factor, row1 + lane.id, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) volta_forward(const Args args) { walk<FORWARD, WideScores>(args); }

@@ -162,18 +162,26 @@ def _backward(
     grad, q, k, v = map(_plain, (grad, q, k, v))
     pattern = _pattern(q, k, causal, window, counts, lengths, offsets)
     by_query, by_key = keys_seen(pattern, q.device), queries_seeing(pattern, q.device)
-    extra = -q.shape[2] % PADDING
-    lse2 = F.pad(torch.where(lse == -math.inf, math.inf, lse * LOG2_E), (0, extra), value=math.inf)
-    delta = F.pad((grad.float() * out.float()).sum(-1) - grad_lse, (0, extra))
+    statistics = _statistics(grad, grad_lse, out, lse)
     grads = _like(q, q.shape[1]), _like(k, k.shape[1]), _like(v, v.shape[1])
-    numbers = {"query_heads": q.shape[1], "group": q.shape[1] // k.shape[1], "scale2": scale * LOG2_E, "padded": lse2.shape[2]}
-    for launch in (
-        _prepare("volta_grad_q", {"x": q, "y": grad, "c": k, "d": v, "out": grads[0]}, by_query, numbers | {"after": scale}, lse2=lse2, delta=delta),
-        _prepare("volta_grad_k", {"x": k, "y": v, "c": q, "d": grad, "out": grads[1]}, by_key, numbers | {"after": scale}, lse2=lse2, delta=delta),
-        _prepare("volta_grad_v", {"x": k, "c": q, "d": grad, "out": grads[2]}, by_key, numbers | {"after": 1.0}, lse2=lse2, delta=delta),
+    numbers = {"query_heads": q.shape[1], "group": q.shape[1] // k.shape[1], "scale2": scale * LOG2_E, "padded": 32 * statistics.shape[2]}
+    for name, factor, seen, tensors in (
+        ("volta_grad_q", scale, by_query, (q, grad, k, v, grads[0])),
+        ("volta_grad_k", scale, by_key, (k, v, q, grad, grads[1])),
+        ("volta_grad_v", 1.0, by_key, (k, v, q, grad, grads[2])),
     ):
-        _launch(launch)
+        views = dict(zip(("x", "y", "c", "d", "out"), tensors))
+        _launch(_prepare(name, views, seen, numbers | {"after": factor}, statistics=statistics))
     return grads
+
+
+def _statistics(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """What the gradients' kernels read per query, [B,H,S/32,2,32]: see args.cuh."""
+    lse2 = torch.where(lse == -math.inf, math.inf, lse * LOG2_E)
+    delta = (grad.float() * out.float()).sum(-1) - grad_lse
+    extra = -lse.shape[2] % PADDING
+    rows = [F.pad(lse2, (0, extra), value=math.inf), F.pad(delta, (0, extra))]
+    return torch.stack([row.unflatten(-1, (-1, 32)) for row in rows], -2)
 
 
 @_backward.register_fake

@@ -17,10 +17,13 @@ constexpr int HELD = 2;                        // chunks that a thread has under
 DEVICE u32 row_start(int row) { return row * ROW_BYTES + (row & 7) * 16; }
 DEVICE u32 chunk_at(u32 start, int chunk) { return start ^ (chunk * 16); }
 
+// The thread's number, computed anew from here on (afresh).
+DEVICE int thread_now() { return afresh(threadIdx.x); }
+
 // A lane within its warp. Eight lanes that multiply together are a quad-pair: t counts them.
 struct Lane {
     int id, warp, t, odd;
-    DEVICE Lane() : id(threadIdx.x & 31), warp(threadIdx.x >> 5), t((id & 3) | (id >> 4 << 2)), odd(id >> 1 & 1) {}
+    DEVICE explicit Lane(int thread) : id(thread & 31), warp(thread >> 5), t((id & 3) | (id >> 4 << 2)), odd(id >> 1 & 1) {}
     // Rows of its warp of which the lane holds sums: two, one of which is `id`, the row that it holds as left operand.
     DEVICE int row(int r) const { return (id & ~2) + 2 * r; }
     // Column, within a block of 8, of the lane's sum v; the sums with v & 2 belong to the second row.
@@ -44,72 +47,70 @@ struct Mover {
     static constexpr int PIECES = 2 * EACH / HELD;
     static constexpr int STRIDE = THREADS / SLOTS;  // rows between a thread's chunks: a multiple of 8
     const View &c, &d;
-    const int row = threadIdx.x / SLOTS, chunk = threadIdx.x % SLOTS;
-    long long c_from = 0, d_from = 0;
-    int first = 0, end = -1;
-    u32 to = 0;
+    const int chunk, row, end;
+    const long long c_from, d_from;
+    const u32 to;
+    const bool on;
     uint4 held[HELD];
 
-    DEVICE Mover(const View& c, const View& d) : c(c), d(d) {}
-
-    // From here on: rows `first`.. of the head at these offsets, zeros from row `end` on, into the tiles at byte `shared`.
-    // A negative `end` moves nothing.
-    DEVICE void aim(long long c_offset, long long d_offset, int first_row, int end_row, u32 shared) {
-        c_from = c_offset, d_from = d_offset, first = first_row, end = end_row, to = shared;
-    }
+    // Rows `first`.. of a head of each tensor, zeros from row `end` on, into the tiles at byte `shared`; nothing at all if not `on`.
+    DEVICE Mover(const View& c, const View& d, int head, int first, int end, u32 shared, bool on)
+        : c(c), d(d), chunk(thread_now() % SLOTS), row(first + thread_now() / SLOTS), end(on ? end : 0),
+          c_from(blockIdx.z * c.batch + head * c.head + row * c.row + chunk * 8), d_from(blockIdx.z * d.batch + head * d.head + row * d.row + chunk * 8),
+          to(shared + chunk_at(row_start(thread_now() / SLOTS), chunk)), on(on) {}
 
     DEVICE void fetch(int piece) {
         UNROLL for (int i = 0; i < HELD; ++i) {
-            const int n = piece * HELD + i, at = first + row + n % EACH * STRIDE;
+            const int n = piece * HELD + i, down = n % EACH * STRIDE;
             const View& view = n < EACH ? c : d;
-            held[i] = load_global(view, (n < EACH ? c_from : d_from) + at * view.row + chunk * 8, at < end && chunk < CHUNKS);
+            held[i] = load_global(view, (n < EACH ? c_from : d_from) + down * view.row, row + down < end && chunk < CHUNKS);
         }
     }
 
     DEVICE void put(int piece) {
-        const u32 start = to + chunk_at(row_start(row), chunk);
         UNROLL for (int i = 0; i < HELD; ++i) {
             const int n = piece * HELD + i;
-            store_shared(start + (n / EACH * COUNT + n % EACH * STRIDE) * ROW_BYTES, held[i], end >= 0 && chunk < CHUNKS);
+            store_shared(to + (n / EACH * COUNT + n % EACH * STRIDE) * ROW_BYTES, held[i], on && chunk < CHUNKS);
         }
     }
 
-    DEVICE void move_all() {
-        UNROLL for (int piece = 0; piece < PIECES; ++piece) {
+    DEVICE void move(int from, int count) {
+        UNROLL for (int piece = from; piece < from + count; ++piece) {
             fetch(piece);
             put(piece);
         }
     }
 };
 
-// sums += rows * columns^T over HEAD_DIM, for 32 rows and 8 * BLOCKS columns; the mover's pieces FIRST.. are moved meanwhile.
-template <int FIRST, int PIECES, int BLOCKS, class Sum, class Multiply, class Copy>
-DEVICE void product(Sum (&sums)[BLOCKS], u32 rows, u32 columns, Multiply multiply, Copy& copy) {
+// sums += rows * columns^T over HEAD_DIM, for 32 rows and 8 * BLOCKS columns; PIECES of the mover's, from `piece` on, are moved meanwhile.
+template <int PIECES, int BLOCKS, class Sum, class Multiply, class Copy>
+DEVICE void product(Sum (&sums)[BLOCKS], u32 rows, u32 columns, Multiply multiply, Copy& copy, int piece) {
+    constexpr int EVERY = PIECES ? CHUNKS / PIECES : CHUNKS + 1;
     UNROLL for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-        if (PIECES && chunk % (CHUNKS / (PIECES ? PIECES : 1)) == 0) copy.fetch(FIRST + chunk * PIECES / CHUNKS);
+        if (PIECES && chunk % EVERY == 0) copy.fetch(piece + chunk / EVERY);
         uint4 a = load_shared(chunk_at(rows, chunk));
-        UNROLL for (int from = 0; from < BLOCKS; from += 4) {
-            uint4 b[4];
-            UNROLL for (int j = 0; j < 4; ++j) b[j] = load_shared(chunk_at(columns, chunk) + (from + j) * 8 * ROW_BYTES);
-            UNROLL for (int j = 0; j < 4; ++j) multiply(sums[from + j], a.x, a.y, b[j].x, b[j].y);
-            UNROLL for (int j = 0; j < 4; ++j) multiply(sums[from + j], a.z, a.w, b[j].z, b[j].w);
+        UNROLL for (int from = 0; from < BLOCKS; from += 2) {
+            uint4 b[2];
+            UNROLL for (int j = 0; j < 2; ++j) b[j] = load_shared(chunk_at(columns, chunk) + (from + j) * 8 * ROW_BYTES);
+            UNROLL for (int j = 0; j < 2; ++j) multiply(sums[from + j], a.x, a.y, b[j].x, b[j].y);
+            UNROLL for (int j = 0; j < 2; ++j) multiply(sums[from + j], a.z, a.w, b[j].z, b[j].w);
         }
-        if (PIECES && (chunk + 1) % (CHUNKS / (PIECES ? PIECES : 1)) == 0) copy.put(FIRST + chunk * PIECES / CHUNKS);
+        if (chunk % EVERY == EVERY - 1) copy.put(piece + chunk / EVERY);
     }
 }
 
 // result += left * tile, for 32 rows, 8 * BLOCKS rows of the tile and HEAD_DIM columns. A lane reads 8 columns of one row, which serve two
 // products: of each 16 columns the first product gives 0-3 and 8-11, the second the others.
-template <int FIRST, int PIECES, int BLOCKS, class Copy>
-DEVICE void accumulate(float (&result)[CHUNKS / 2][2][8], const u32 (&left)[BLOCKS][4], u32 tile, Copy& copy) {
+template <int PIECES, int BLOCKS, class Copy>
+DEVICE void accumulate(float (&result)[CHUNKS / 2][2][8], const u32 (&left)[BLOCKS][4], u32 tile, Copy& copy, int piece) {
     constexpr int EVERY = 2 * BLOCKS / PIECES;
     UNROLL for (int k = 0; k < 2 * BLOCKS; ++k) {
-        if (k % EVERY == 0) copy.fetch(FIRST + k / EVERY);
+        if (k % EVERY == 0) copy.fetch(piece + k / EVERY);
         UNROLL for (int pair = 0; pair < CHUNKS / 2; ++pair) {
             uint4 b = load_shared(chunk_at(tile, 2 * pair ^ (k & 1) * 4) + 4 * k * ROW_BYTES);
             mma_row_row(result[pair][0], left[k / 2][k % 2 * 2], left[k / 2][k % 2 * 2 + 1], b.x, b.y);
             mma_row_row(result[pair][1], left[k / 2][k % 2 * 2], left[k / 2][k % 2 * 2 + 1], b.z, b.w);
         }
-        if (k % EVERY == EVERY - 1) copy.put(FIRST + k / EVERY);
+        if (k % EVERY == EVERY - 1) copy.put(piece + k / EVERY);
     }
 }
