@@ -12,11 +12,12 @@ struct Args {
     View c, d;        // the columns that it walks over: K and V, or Q and dO
     View out;         // the rows' result: O, dQ, dK or dV
     const int* seen;  // [batch or 1, rows, 2]: row r sees the columns from seen[r][0] up to, not including, seen[r][1]
+    const int* reach;  // [batch or 1, tiles of 128 rows, 2]: the columns that any of these rows sees lie between the two
     float* lse;       // forward: [batch, heads, rows], written
-    // Backward: [batch, query heads, padded / 32, 2, 32]. First log2(e) times the log-sum-exp, +infinity where a query sees nothing, then
-    // delta: the sum of dO * O, less the gradient of the log-sum-exp.
+    // Backward: [batch, query heads, padded / 32, 2, 32]: what sums of a query start from. First for scores, minus the log-sum-exp over the
+    // scale, -infinity where a query sees nothing; then for slopes, minus the sum of dO * O, plus the gradient of the log-sum-exp.
     const float* statistics;
-    long long seen_batch;  // 0 if all batch rows share `seen`
+    long long seen_batch, reach_batch;  // rows and tiles from one batch row to the next, 0 if all share them
     int rows, cols, padded;
     int query_heads, group;  // query heads, and how many of them share a key head
     float scale2;    // log2(e) times the scale of the scores, over `before`

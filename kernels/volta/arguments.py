@@ -26,8 +26,8 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, View) for name in ("x", "y", "c", "d", "out")),
-        *((name, ctypes.c_uint64) for name in ("seen", "lse", "statistics")),
-        ("seen_batch", ctypes.c_int64),
+        *((name, ctypes.c_uint64) for name in ("seen", "reach", "lse", "statistics")),
+        *((name, ctypes.c_int64) for name in ("seen_batch", "reach_batch")),
         *((name, ctypes.c_int32) for name in ("rows", "cols", "padded", "query_heads", "group")),
         *((name, ctypes.c_float) for name in ("scale2", "before", "after")),
     ]

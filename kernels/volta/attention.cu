@@ -26,30 +26,6 @@ DEVICE int2 seen_by(const Args& args, int row) {
     return seen.x < seen.y ? seen : none;
 }
 
-// Tiles of columns, counted from column 0: those that some row sees a column of, and those that all rows see all of.
-struct Reach {
-    int first, end, full_first, full_end;
-};
-
-// Of the block's rows in first and end of `block`, and of the warp's rows.
-template <int COLUMNS>
-DEVICE Reach reach_of(const Args& args, int row0, const Lane& lane, Reach& block) {
-    int4 own = {};
-    block = {0x7fffffff, 0, 0, 0};
-    UNROLL for (int warp = 0; warp < WARPS; ++warp) {
-        int2 seen = seen_by(args, row0 + 32 * warp + lane.id);
-        block.first = min(block.first, seen.x), block.end = max(block.end, seen.y);
-        if (warp == lane.warp) own = {seen.x, seen.y, seen.x, seen.y};
-    }
-    UNROLL for (int across = 1; across < 32; across *= 2) {
-        block.first = min(block.first, exchange(block.first, across)), block.end = max(block.end, exchange(block.end, across));
-        own.x = min(own.x, exchange(own.x, across)), own.y = max(own.y, exchange(own.y, across));
-        own.z = max(own.z, exchange(own.z, across)), own.w = min(own.w, exchange(own.w, across));
-    }
-    block.first /= COLUMNS, block.end = (block.end + COLUMNS - 1) / COLUMNS;
-    return {own.x / COLUMNS, (own.y + COLUMNS - 1) / COLUMNS, own.z / COLUMNS + (own.z % COLUMNS != 0), own.w / COLUMNS};
-}
-
 // The block's rows, into the tile at byte `to`; times `by` if it is not 0.
 DEVICE void load_rows(const View& view, int row0, int rows, u32 to, float by) {
     const int chunk = thread_now() % SLOTS, row = thread_now() / SLOTS;
@@ -140,16 +116,16 @@ struct HalfScores {
     DEVICE static void multiply(Sum& c, u32 a0, u32 a1, u32 b0, u32 b1) { mma_row_col_half(c, a0, a1, b0, b1); }
 };
 
-// Statistics of the queries of a head: of every 32 the lse2, then the delta, so that one address serves both.
+// Statistics of the queries of a head: of every 32 those for scores, then those for slopes (args.cuh).
 DEVICE const float* statistics_of(const Args& args, int query_head) {
     return args.statistics + 2 * (long long)(blockIdx.z * args.query_heads + query_head) * args.padded;
 }
 
-// A statistic for each of a lane's sums of a block: by column from memory, or that of its row.
-DEVICE void spread(float (&values)[8], const float* columns, const float (&rows)[2], bool by_column) {
+// Starts a block of sums from a statistic of their columns, in memory, or of their rows.
+DEVICE void start(float (&sums)[8], const float* columns, const float (&rows)[2], bool by_column) {
     UNROLL for (int v = 0; v < 8; v += 4) {
         const float2 pair = by_column ? load_pair(columns + v) : make_float2(0, 0);
-        UNROLL for (int r = 0; r < 2; ++r) values[v + 2 * r] = by_column ? pair.x : rows[r], values[v + 2 * r + 1] = by_column ? pair.y : rows[r];
+        UNROLL for (int r = 0; r < 2; ++r) sums[v + 2 * r] = by_column ? pair.x : rows[r], sums[v + 2 * r + 1] = by_column ? pair.y : rows[r];
     }
 }
 
@@ -169,11 +145,29 @@ DEVICE void write(const Args& args, float (&result)[CHUNKS / 2][2][8], const flo
     }
 }
 
-// The block's first row. Later queries see more keys: they start first, so that no long block is left for the end.
+// Which of the row tiles is this block's. Later queries see more keys: they start first, so that no long block is left for the end.
+template <bool BY_KEY>
+DEVICE int row_tile() {
+    const int tile = afresh(blockIdx.x);
+    return BY_KEY ? tile : (int)gridDim.x - 1 - tile;
+}
+
 template <bool BY_KEY>
 DEVICE int first_row() {
-    const int tile = afresh(blockIdx.x);
-    return (BY_KEY ? tile : (int)gridDim.x - 1 - tile) * ROWS;
+    return row_tile<BY_KEY>() * ROWS;
+}
+
+// The first step of `columns` columns of which some row of the block sees one, and the end of them. Read when needed: registers are short.
+template <bool BY_KEY>
+DEVICE int2 steps_of(const Args& args, int columns) {
+    const int2 reach = load_pair(args.reach + 2 * (blockIdx.z * args.reach_batch + row_tile<BY_KEY>()));
+    return make_int2(reach.x / columns, (reach.y + columns - 1) / columns);
+}
+
+// The first head of the columns that belongs to a head of the rows: a key head serves `group` query heads.
+template <bool BY_KEY>
+DEVICE int first_head(const Args& args, int row_head) {
+    return BY_KEY ? (int)afresh(row_head) * args.group : row_head / args.group;
 }
 
 template <Kind KIND, class Scores>
@@ -182,56 +176,67 @@ DEVICE void walk(const Args& args) {
     constexpr bool HALF = sizeof(typename Scores::Sum) == 16;
     constexpr int STRIPS = TWO ? 1 : 2, STRIP = 32, BLOCKS = STRIP / 8, COLUMNS = STRIPS * STRIP;
     constexpr u32 TILE = COLUMNS * ROW_BYTES, STAGES = (TWO ? 2 : 1) * ROWS * ROW_BYTES;
-    typedef Mover<COLUMNS> Copy;
-    constexpr int PIECES = Copy::PIECES / STRIPS / 2;
+    // The next tiles are copied during the first and the last product of each strip.
+    typedef Mover<COLUMNS, 2> Copy;
+    constexpr int PIECES = Copy::PIECES / STRIPS, EARLY = PIECES / 2, LATE = PIECES - EARLY;
 
     load_rows(args.x, first_row<BY_KEY>(), args.rows, 0, HALF ? args.before : 0);
+    hold_loads();
     if (TWO) load_rows(args.y, first_row<BY_KEY>(), args.rows, ROWS * ROW_BYTES, 0);
 
-    Reach block;
-    const Reach own = reach_of<STRIP>(args, first_row<BY_KEY>(), Lane(thread_now()), block);
-    float lse2[2] = {}, delta[2] = {};
+    hold_loads();
+    float lse[2] = {}, delta[2] = {};
     if (KIND == GRAD_Q) {
         const Lane lane(thread_now());
         const int row0 = first_row<BY_KEY>() + 32 * lane.warp;
         const float* statistics = statistics_of(args, blockIdx.y) + 2 * row0;
         UNROLL for (int r = 0; r < 2; ++r) {
             const bool there = row0 + lane.row(r) < args.rows;
-            lse2[r] = there ? load_one(statistics + lane.row(r)) : 0;
+            lse[r] = there ? load_one(statistics + lane.row(r)) : -infinity();
             delta[r] = there ? load_one(statistics + 32 + lane.row(r)) : 0;
         }
     }
 
-    const int first = block.first / STRIPS, end = (block.end + STRIPS - 1) / STRIPS;
     float result[CHUNKS / 2][2][8] = {};
     Softmax softmax[2];
-    int head = BY_KEY ? blockIdx.y * args.group : blockIdx.y / args.group, step = first;
-    const int last_head = first < end ? head + (BY_KEY ? args.group : 1) : head;
+    const int2 steps = steps_of<BY_KEY>(args, COLUMNS);
+    int step = steps.x, head = first_head<BY_KEY>(args, blockIdx.y);
+    bool more = steps.x < steps.y;
     u32 stage = STAGES;
-    Copy(args.c, args.d, head, first * COLUMNS, args.cols, stage, head < last_head).move(0, Copy::PIECES);
+    Copy(args.c, args.d, head, step * COLUMNS, args.cols, stage, more).move(0, Copy::PIECES);
 
-    while (head < last_head) {
+    while (more) {
         // Behind this, this stage is filled, and nobody reads the other one any more.
         block_barrier();
-        const int strip0 = step * STRIPS, query_head = BY_KEY ? head : blockIdx.y;
-        if (++step == end) step = first, ++head;
-        Copy copy(args.c, args.d, head, step * COLUMNS, args.cols, 2 * STAGES + 2 * TILE - stage, head < last_head);
+        const int column0 = step * COLUMNS, query_head = BY_KEY ? head : blockIdx.y;
+        const int2 all = steps_of<BY_KEY>(args, COLUMNS);
+        if (++step == all.y) step = all.x, ++head;
+        more = step != all.x || (BY_KEY && head < first_head<BY_KEY>(args, blockIdx.y + 1));
+        Copy copy(args.c, args.d, head, step * COLUMNS, args.cols, 2 * STAGES + 2 * TILE - stage, more);
         UNROLL for (int part = 0; part < STRIPS; ++part) {
-            const int strip = strip0 + part, column = strip * STRIP;
-            if (strip < own.first || strip >= own.end) {  // no row of this warp sees any of these columns
-                copy.move(2 * PIECES * part, 2 * PIECES);
+            const int column = column0 + part * STRIP;
+            const Lane lane(thread_now());
+            int2 seen[2];
+            bool some = false, all = true;
+            UNROLL for (int r = 0; r < 2; ++r) {
+                seen[r] = seen_by(args, first_row<BY_KEY>() + 32 * lane.warp + lane.row(r));
+                some |= seen[r].x < column + STRIP && seen[r].y > column;
+                all &= seen[r].x <= column && seen[r].y >= column + STRIP;
+            }
+            if (!any_lane(some)) {  // no row of this warp sees any of these columns
+                copy.move(PIECES * part, PIECES);
                 continue;
             }
-            const Lane lane(thread_now());
+            const bool partly = any_lane(!all);
             const u32 tile = stage + part * STRIP * ROW_BYTES, across = tile + row_start(lane.t);
             const u32 along = (tile + row_start(lane.t & 3)) ^ (lane.t >> 2) * 16;
-            const bool partly = strip < own.full_first || strip >= own.full_end;
-            int2 seen[2];
-            if (partly)
-                UNROLL for (int r = 0; r < 2; ++r) seen[r] = seen_by(args, first_row<BY_KEY>() + 32 * lane.warp + lane.row(r));
             typename Scores::Sum scores[BLOCKS] = {};
             u32 weights[BLOCKS][4];
-            product<PIECES>(scores, row_start(thread_now()), across, Scores::multiply, copy, 2 * PIECES * part);
+            // Sums start from the queries' statistics, which so need no registers of their own.
+            const float* columns = KIND == FORWARD ? nullptr : statistics_of(args, query_head) + 2 * column + lane.column(0);
+            if constexpr (KIND != FORWARD)
+                UNROLL for (int j = 0; j < BLOCKS; ++j) start(scores[j], columns + 8 * j, lse, BY_KEY);
+            product<EARLY>(scores, row_start(thread_now()), across, Scores::multiply, copy, PIECES * part);
             if constexpr (KIND == FORWARD) {
                 if (partly)
                     UNROLL for (int j = 0; j < BLOCKS; ++j) hide(scores[j], column + 8 * j, seen, -infinity(), lane);
@@ -241,23 +246,21 @@ DEVICE void walk(const Args& args) {
                     UNROLL for (int pair = 0; pair < CHUNKS / 2; ++pair)
                         UNROLL for (int i = 0; i < 16; ++i) result[pair][i / 8][i % 8] *= factor[i >> 1 & 1];
             } else {
-                const float* statistics = statistics_of(args, query_head) + 2 * column + lane.column(0);
                 UNROLL for (int j = 0; j < BLOCKS; ++j) {
-                    float statistic[8];
-                    spread(statistic, statistics + 8 * j, lse2, BY_KEY);
-                    UNROLL for (int v = 0; v < 8; ++v) scores[j][v] = power_of_two(fmaf(scores[j][v], args.scale2, -statistic[v]));
+                    UNROLL for (int v = 0; v < 8; ++v) scores[j][v] = power_of_two(scores[j][v] * args.scale2);
                     if (partly) hide(scores[j], column + 8 * j, seen, 0, lane);
                 }
-                float slopes[BLOCKS][8] = {};
-                if (TWO) product<0>(slopes, ROWS * ROW_BYTES + row_start(thread_now()), across + TILE, WideScores::multiply, copy, 0);
-                UNROLL for (int j = 0; j < BLOCKS; ++j) {
-                    float statistic[8] = {};
-                    if (TWO) spread(statistic, statistics + 32 + 8 * j, delta, BY_KEY);
-                    UNROLL for (int v = 0; v < 8; ++v) scores[j][v] *= TWO ? slopes[j][v] - statistic[v] : 1;
-                    to_operand(scores[j], weights[j], lane);
+                if constexpr (TWO) {
+                    hold_loads();
+                    float slopes[BLOCKS][8];
+                    UNROLL for (int j = 0; j < BLOCKS; ++j) start(slopes[j], columns + 32 + 8 * j, delta, BY_KEY);
+                    product<0>(slopes, ROWS * ROW_BYTES + row_start(thread_now()), across + TILE, WideScores::multiply, copy, 0);
+                    UNROLL for (int j = 0; j < BLOCKS; ++j)
+                        UNROLL for (int v = 0; v < 8; ++v) scores[j][v] *= slopes[j][v];
                 }
+                UNROLL for (int j = 0; j < BLOCKS; ++j) to_operand(scores[j], weights[j], lane);
             }
-            accumulate<PIECES>(result, weights, along + (TWO ? 0 : TILE), copy, 2 * PIECES * part + PIECES);
+            accumulate<LATE>(result, weights, along + (TWO ? 0 : TILE), copy, PIECES * part + EARLY);
         }
         stage = 2 * STAGES + 2 * TILE - stage;
     }

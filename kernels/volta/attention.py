@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmtrain_kernels.mask import Mask
 from llmtrain_kernels.volta.arguments import KERNELS, ROWS, Arguments, Launch, View
-from llmtrain_kernels.volta.ranges import Pattern, keys_seen, queries_seeing
+from llmtrain_kernels.volta.ranges import Pattern, Ranges, keys_seen, queries_seeing
 
 HEAD_DIMS = (64, 96, 128)
 """Head dims that kernels are built for; others up to the largest are padded with zeros."""
@@ -96,21 +96,23 @@ def _launch(launch: Launch) -> None:
         shim.launch(launch)
 
 
-def _prepare(name: str, tensors: dict[str, Tensor], seen: Tensor, numbers: dict[str, Any], **pointers: Tensor) -> Launch:
+def _prepare(name: str, tensors: dict[str, Tensor], ranges: Ranges, numbers: dict[str, Any], **pointers: Tensor) -> Launch:
     """A launch of kernel `name`; `tensors` are its views, of which `out` is written."""
     out, rows = tensors["out"], tensors["x"].shape[2]
+    blocks = (-(-rows // ROWS), out.shape[1], out.shape[0])
     arguments = Arguments(
-        seen=seen.data_ptr(),
-        seen_batch=rows if seen.shape[0] > 1 else 0,
+        seen=ranges.seen.data_ptr(),
+        reach=ranges.reach.data_ptr(),
+        seen_batch=rows if len(ranges.seen) > 1 else 0,
+        reach_batch=blocks[0] if len(ranges.seen) > 1 else 0,
         rows=rows,
         cols=tensors["c"].shape[2],
         **{field: View.of(x) for field, x in tensors.items()},
         **{field: x.data_ptr() for field, x in pointers.items()},
         **numbers,
     )
-    blocks = (-(-rows // ROWS), out.shape[1], out.shape[0])
     writes = (out, *(pointers[field] for field in ("lse",) if field in pointers))
-    reads = (seen, *(x for field, x in tensors.items() if field != "out"), *(x for field, x in pointers.items() if field != "lse"))
+    reads = (*ranges, *(x for field, x in tensors.items() if field != "out"), *(x for field, x in pointers.items() if field != "lse"))
     return Launch(KERNELS[name], out.shape[3], arguments, blocks, reads, writes)
 
 
@@ -162,7 +164,7 @@ def _backward(
     grad, q, k, v = map(_plain, (grad, q, k, v))
     pattern = _pattern(q, k, causal, window, counts, lengths, offsets)
     by_query, by_key = keys_seen(pattern, q.device), queries_seeing(pattern, q.device)
-    statistics = _statistics(grad, grad_lse, out, lse)
+    statistics = _statistics(grad, grad_lse, out, lse, scale)
     grads = _like(q, q.shape[1]), _like(k, k.shape[1]), _like(v, v.shape[1])
     numbers = {"query_heads": q.shape[1], "group": q.shape[1] // k.shape[1], "scale2": scale * LOG2_E, "padded": 32 * statistics.shape[2]}
     for name, factor, seen, tensors in (
@@ -175,12 +177,12 @@ def _backward(
     return grads
 
 
-def _statistics(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def _statistics(grad: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """What the gradients' kernels read per query, [B,H,S/32,2,32]: see args.cuh."""
-    lse2 = torch.where(lse == -math.inf, math.inf, lse * LOG2_E)
-    delta = (grad.float() * out.float()).sum(-1) - grad_lse
+    scores = torch.where(lse == -math.inf, -math.inf, -lse / scale)
+    slopes = grad_lse - (grad.float() * out.float()).sum(-1)
     extra = -lse.shape[2] % PADDING
-    rows = [F.pad(lse2, (0, extra), value=math.inf), F.pad(delta, (0, extra))]
+    rows = [F.pad(scores, (0, extra), value=-math.inf), F.pad(slopes, (0, extra))]
     return torch.stack([row.unflatten(-1, (-1, 32)) for row in rows], -2)
 
 

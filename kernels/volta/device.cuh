@@ -88,4 +88,7 @@ DEVICE u32 afresh(u32 value) {
     return value;
 }
 
+// No load from below is made above: early loads would take registers that the sums need.
+DEVICE void hold_loads() { __syncwarp(); }
+
 DEVICE void block_barrier() { __syncthreads(); }

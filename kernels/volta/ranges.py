@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmtrain_kernels.volta.arguments import ROWS
+
 
 class Pattern(NamedTuple):
     """A mask and the call that it is for, as hashable numbers. `counts` documents per batch row of `lengths`, none without documents."""
@@ -24,9 +26,19 @@ class Pattern(NamedTuple):
     kv_offset: int
 
 
+class Ranges(NamedTuple):
+    """`seen` [B or 1, rows, 2] int32: row i sees the columns from the first number up to, not including, the second; none if not less.
+
+    `reach` [B or 1, row tiles, 2] int32: the same for the rows of a tile together.
+    """
+
+    seen: Tensor
+    reach: Tensor
+
+
 @lru_cache(maxsize=16)
-def keys_seen(pattern: Pattern, device: torch.device) -> Tensor:
-    """[B or 1, queries, 2] int32: query i sees the keys from the first number up to, not including, the second. Empty if not less."""
+def keys_seen(pattern: Pattern, device: torch.device) -> Ranges:
+    """Rows are queries, columns keys."""
     place = torch.arange(pattern.queries) + pattern.q_offset
     first, end = _documents(pattern, place)
     if pattern.causal:
@@ -37,8 +49,8 @@ def keys_seen(pattern: Pattern, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def queries_seeing(pattern: Pattern, device: torch.device) -> Tensor:
-    """[B or 1, keys, 2] int32: key j is seen by the queries from the first number up to, not including, the second."""
+def queries_seeing(pattern: Pattern, device: torch.device) -> Ranges:
+    """Rows are keys, columns the queries that see them."""
     place = torch.arange(pattern.keys) + pattern.kv_offset
     first, end = _documents(pattern, place)
     if pattern.causal:
@@ -63,6 +75,11 @@ def _documents(pattern: Pattern, place: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(first), torch.stack(end)
 
 
-def _clipped(first: Tensor, end: Tensor, offset: int, length: int, device: torch.device) -> Tensor:
-    pair = torch.stack(torch.broadcast_tensors(first, end), -1) - offset
-    return pair.clamp_(0, length).int().contiguous().to(device)
+def _clipped(first: Tensor, end: Tensor, offset: int, length: int, device: torch.device) -> Ranges:
+    seen = torch.stack(torch.broadcast_tensors(first, end), -1).sub_(offset).clamp_(0, length)
+    none = torch.tensor([length, 0])
+    whole = torch.where((seen[..., :1] < seen[..., 1:]), seen, none)
+    missing = none.expand(len(seen), -seen.shape[1] % ROWS, 2)
+    tiles = torch.cat([whole, missing], 1).unflatten(1, (-1, ROWS))
+    reach = torch.stack([tiles[..., 0].amin(-1), tiles[..., 1].amax(-1)], -1)
+    return Ranges(*(x.int().contiguous().to(device) for x in (seen, reach)))

@@ -10,7 +10,6 @@ constexpr int ROWS = 32 * WARPS;               // rows of a block, 32 to a warp
 constexpr int CHUNKS = HEAD_DIM / 8;           // a chunk is 8 numbers, 16 bytes
 constexpr int SLOTS = CHUNKS <= 8 ? 8 : 16;    // chunks that a row has room for
 constexpr int ROW_BYTES = 16 * SLOTS;
-constexpr int HELD = 2;                        // chunks that a thread has under way from global to shared memory
 
 // Chunk c of row r lies at slot c ^ (r % 8): equal chunks of eight rows then lie in different banks, as do eight chunks of a row.
 // A chunk is added by exclusive or, at no cost beside it, and 8 rows by a constant.
@@ -40,8 +39,8 @@ DEVICE void to_operand(const float (&sum)[8], u32 (&operand)[4], const Lane& lan
     }
 }
 
-// Copies `COUNT` rows of two tensors into two tiles, `HELD` chunks per thread and piece, so that copying interleaves with products.
-template <int COUNT>
+// Copies `COUNT` rows of two tensors into two tiles, in pieces of `HELD` chunks per thread that interleave with products.
+template <int COUNT, int HELD>
 struct Mover {
     static constexpr int EACH = COUNT * SLOTS / THREADS;  // chunks of a thread in one tile
     static constexpr int PIECES = 2 * EACH / HELD;
@@ -103,9 +102,9 @@ DEVICE void product(Sum (&sums)[BLOCKS], u32 rows, u32 columns, Multiply multipl
 // products: of each 16 columns the first product gives 0-3 and 8-11, the second the others.
 template <int PIECES, int BLOCKS, class Copy>
 DEVICE void accumulate(float (&result)[CHUNKS / 2][2][8], const u32 (&left)[BLOCKS][4], u32 tile, Copy& copy, int piece) {
-    constexpr int EVERY = 2 * BLOCKS / PIECES;
+    constexpr int EVERY = PIECES ? 2 * BLOCKS / PIECES : 2 * BLOCKS + 1;
     UNROLL for (int k = 0; k < 2 * BLOCKS; ++k) {
-        if (k % EVERY == 0) copy.fetch(piece + k / EVERY);
+        if (PIECES && k % EVERY == 0) copy.fetch(piece + k / EVERY);
         UNROLL for (int pair = 0; pair < CHUNKS / 2; ++pair) {
             uint4 b = load_shared(chunk_at(tile, 2 * pair ^ (k & 1) * 4) + 4 * k * ROW_BYTES);
             mma_row_row(result[pair][0], left[k / 2][k % 2 * 2], left[k / 2][k % 2 * 2 + 1], b.x, b.y);

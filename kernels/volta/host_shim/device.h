@@ -23,9 +23,6 @@ struct uint4 {
 struct int2 {
     int x, y;
 };
-struct int4 {
-    int x, y, z, w;
-};
 struct float2 {
     float x, y;
 };
@@ -149,4 +146,5 @@ inline float exchange(float value, int across) { return shim::exchange(shim::EXC
 inline float from_lane(float value, int lane) { return shim::exchange(shim::FROM_LANE, value, lane); }
 inline bool any_lane(bool value) { return shim::exchange(shim::ANY, (u32)value, 0); }
 inline u32 afresh(u32 value) { return value; }
+inline void hold_loads() {}
 inline void block_barrier() { shim::meet(shim::BARRIER, nullptr); }
