@@ -18,6 +18,7 @@ from llmtrain.ops import (
     rope,
     sdpa,
     tiled_attention,
+    volta_attention,
 )
 from llmtrain.ops.decode_attention import KeyLengths
 from llmtrain.ops.registry import Call, Choice, Implementation, KernelUnavailable, Ops, choose, implementations, op_names, register, resolve
@@ -47,4 +48,5 @@ __all__ = [
     "rope",
     "sdpa",
     "tiled_attention",
+    "volta_attention",
 ]
