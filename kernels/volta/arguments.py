@@ -43,8 +43,7 @@ class Kernel:
 
     def shared_bytes(self, width: int) -> int:
         """Shared memory of a block: the row tiles, and two stages of two column tiles."""
-        row_bytes = 128 if width <= 64 else 256
-        return row_bytes * (self.row_tiles * ROWS + 4 * self.columns)
+        return 2 * width * (self.row_tiles * ROWS + 4 * self.columns)
 
 
 KERNELS = {

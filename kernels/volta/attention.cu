@@ -28,12 +28,12 @@ DEVICE int2 seen_by(const Args& args, int row) {
 
 // The block's rows, into the tile at byte `to`; times `by` if it is not 0.
 DEVICE void load_rows(const View& view, int row0, int rows, u32 to, float by) {
-    const int chunk = thread_now() % SLOTS, row = thread_now() / SLOTS;
+    const int chunk = thread_now() % CHUNKS, row = thread_now() / CHUNKS;
     const long long from = blockIdx.z * view.batch + blockIdx.y * view.head;
-    UNROLL for (int at = 0; at < ROWS; at += THREADS / SLOTS) {
-        uint4 value = load_global(view, from + (row0 + at + row) * view.row + chunk * 8, row0 + at + row < rows && chunk < CHUNKS);
+    UNROLL for (int at = 0; at < ROWS; at += THREADS / CHUNKS) {
+        uint4 value = load_global(view, from + (row0 + at + row) * view.row + chunk * 8, row0 + at + row < rows);
         if (by != 0) value.x = times(value.x, by), value.y = times(value.y, by), value.z = times(value.z, by), value.w = times(value.w, by);
-        store_shared(to + chunk_at(row_start(row), chunk) + at * ROW_BYTES, value, chunk < CHUNKS);
+        store_shared(to + chunk_at(row_start(row), chunk) + at * ROW_BYTES, value, true);
     }
 }
 

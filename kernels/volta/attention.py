@@ -11,7 +11,7 @@ from llmtrain_kernels.mask import Mask
 from llmtrain_kernels.volta.arguments import KERNELS, ROWS, Arguments, Launch, View
 from llmtrain_kernels.volta.ranges import Pattern, Ranges, keys_seen, queries_seeing
 
-HEAD_DIMS = (64, 96, 128)
+HEAD_DIMS = (64, 128)
 """Head dims that kernels are built for; others up to the largest are padded with zeros."""
 
 LOG2_E = math.log2(math.e)

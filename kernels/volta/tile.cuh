@@ -2,14 +2,13 @@
 #pragma once
 
 #ifndef HEAD_DIM
-#error "define HEAD_DIM as 64, 96 or 128"
+#error "define HEAD_DIM as 64 or 128"
 #endif
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int ROWS = 32 * WARPS;               // rows of a block, 32 to a warp
 constexpr int CHUNKS = HEAD_DIM / 8;           // a chunk is 8 numbers, 16 bytes
-constexpr int SLOTS = CHUNKS <= 8 ? 8 : 16;    // chunks that a row has room for
-constexpr int ROW_BYTES = 16 * SLOTS;
+constexpr int ROW_BYTES = 16 * CHUNKS;
 
 // Chunk c of row r lies at slot c ^ (r % 8): equal chunks of eight rows then lie in different banks, as do eight chunks of a row.
 // A chunk is added by exclusive or, at no cost beside it, and 8 rows by a constant.
@@ -42,9 +41,9 @@ DEVICE void to_operand(const float (&sum)[8], u32 (&operand)[4], const Lane& lan
 // Copies `COUNT` rows of two tensors into two tiles, in pieces of `HELD` chunks per thread that interleave with products.
 template <int COUNT, int HELD>
 struct Mover {
-    static constexpr int EACH = COUNT * SLOTS / THREADS;  // chunks of a thread in one tile
+    static constexpr int EACH = COUNT * CHUNKS / THREADS;  // chunks of a thread in one tile
     static constexpr int PIECES = 2 * EACH / HELD;
-    static constexpr int STRIDE = THREADS / SLOTS;  // rows between a thread's chunks: a multiple of 8
+    static constexpr int STRIDE = THREADS / CHUNKS;  // rows between a thread's chunks: a multiple of 8
     const View &c, &d;
     const int chunk, row, end;
     const long long c_from, d_from;
@@ -54,22 +53,22 @@ struct Mover {
 
     // Rows `first`.. of a head of each tensor, zeros from row `end` on, into the tiles at byte `shared`; nothing at all if not `on`.
     DEVICE Mover(const View& c, const View& d, int head, int first, int end, u32 shared, bool on)
-        : c(c), d(d), chunk(thread_now() % SLOTS), row(first + thread_now() / SLOTS), end(on ? end : 0),
+        : c(c), d(d), chunk(thread_now() % CHUNKS), row(first + thread_now() / CHUNKS), end(on ? end : 0),
           c_from(blockIdx.z * c.batch + head * c.head + row * c.row + chunk * 8), d_from(blockIdx.z * d.batch + head * d.head + row * d.row + chunk * 8),
-          to(shared + chunk_at(row_start(thread_now() / SLOTS), chunk)), on(on) {}
+          to(shared + chunk_at(row_start(thread_now() / CHUNKS), chunk)), on(on) {}
 
     DEVICE void fetch(int piece) {
         UNROLL for (int i = 0; i < HELD; ++i) {
             const int n = piece * HELD + i, down = n % EACH * STRIDE;
             const View& view = n < EACH ? c : d;
-            held[i] = load_global(view, (n < EACH ? c_from : d_from) + down * view.row, row + down < end && chunk < CHUNKS);
+            held[i] = load_global(view, (n < EACH ? c_from : d_from) + down * view.row, row + down < end);
         }
     }
 
     DEVICE void put(int piece) {
         UNROLL for (int i = 0; i < HELD; ++i) {
             const int n = piece * HELD + i;
-            store_shared(to + (n / EACH * COUNT + n % EACH * STRIDE) * ROW_BYTES, held[i], on && chunk < CHUNKS);
+            store_shared(to + (n / EACH * COUNT + n % EACH * STRIDE) * ROW_BYTES, held[i], on);
         }
     }
 
