@@ -32,7 +32,7 @@ DEVICE void load_rows(const View& view, int row0, int rows, u32 to, float by) {
     const long long from = blockIdx.z * view.batch + blockIdx.y * view.head;
     UNROLL for (int at = 0; at < ROWS; at += THREADS / CHUNKS) {
         uint4 value = load_global(view, from + (row0 + at + row) * view.row + chunk * 8, row0 + at + row < rows);
-        if (by != 0) value.x = times(value.x, by), value.y = times(value.y, by), value.z = times(value.z, by), value.w = times(value.w, by);
+        if (by != 0) value = make_uint4(times(value.x, by), times(value.y, by), times(value.z, by), times(value.w, by));
         store_shared(to + chunk_at(row_start(row), chunk) + at * ROW_BYTES, value, true);
     }
 }
@@ -56,7 +56,8 @@ struct Softmax {
 
 // Online softmax of a tile summed in fp32. Each row's numbers lie in two lanes.
 template <int BLOCKS>
-DEVICE void soften(float (&scores)[BLOCKS][8], u32 (&weights)[BLOCKS][4], Softmax (&rows)[2], float (&factor)[2], float scale2, const Lane& lane) {
+DEVICE void soften(float (&scores)[BLOCKS][8], u32 (&weights)[BLOCKS][4], Softmax (&rows)[2], float (&factor)[2], float scale2,
+                   const Lane& lane) {
     float top[2] = {-infinity(), -infinity()}, shift[2];
     UNROLL for (int j = 0; j < BLOCKS; ++j)
         UNROLL for (int v = 0; v < 8; ++v) top[v >> 1 & 1] = fmaxf(top[v >> 1 & 1], scores[j][v]);
@@ -75,7 +76,8 @@ DEVICE void soften(float (&scores)[BLOCKS][8], u32 (&weights)[BLOCKS][4], Softma
 
 // The same for a tile summed in fp16. A lane holds a row of its own, in the order of a left operand: no exchange at all.
 template <int BLOCKS>
-DEVICE void soften(u32 (&scores)[BLOCKS][4], u32 (&weights)[BLOCKS][4], Softmax (&rows)[2], float (&factor)[2], float scale2, const Lane& lane) {
+DEVICE void soften(u32 (&scores)[BLOCKS][4], u32 (&weights)[BLOCKS][4], Softmax (&rows)[2], float (&factor)[2], float scale2,
+                   const Lane& lane) {
     float top = -infinity(), shift;
     UNROLL for (int j = 0; j < BLOCKS; ++j)
         UNROLL for (int i = 0; i < 4; ++i) top = fmaxf(top, fmaxf(unpack(scores[j][i]).x, unpack(scores[j][i]).y));
@@ -125,7 +127,10 @@ DEVICE const float* statistics_of(const Args& args, int query_head) {
 DEVICE void start(float (&sums)[8], const float* columns, const float (&rows)[2], bool by_column) {
     UNROLL for (int v = 0; v < 8; v += 4) {
         const float2 pair = by_column ? load_pair(columns + v) : make_float2(0, 0);
-        UNROLL for (int r = 0; r < 2; ++r) sums[v + 2 * r] = by_column ? pair.x : rows[r], sums[v + 2 * r + 1] = by_column ? pair.y : rows[r];
+        UNROLL for (int r = 0; r < 2; ++r) {
+            sums[v + 2 * r] = by_column ? pair.x : rows[r];
+            sums[v + 2 * r + 1] = by_column ? pair.y : rows[r];
+        }
     }
 }
 

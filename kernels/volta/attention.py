@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from llmtrain_kernels.mask import Mask
 from llmtrain_kernels.volta.arguments import KERNELS, ROWS, Arguments, Launch, View
 from llmtrain_kernels.volta.ranges import Pattern, Ranges, keys_seen, queries_seeing
+from torch import Tensor
 
 HEAD_DIMS = (64, 128)
 """Head dims that kernels are built for; others up to the largest are padded with zeros."""
@@ -134,7 +133,13 @@ def _forward(
     out, lse = _like(q, q.shape[1]), q.new_empty(q.shape[:3], dtype=torch.float32)
     seen = keys_seen(_pattern(q, k, causal, window, counts, lengths, offsets), q.device)
     before = 2.0 ** math.floor(math.log2(scale)) if half_scores else 1.0
-    numbers = {"query_heads": q.shape[1], "group": q.shape[1] // k.shape[1], "scale2": scale * LOG2_E / before, "before": before, "after": 1.0}
+    numbers = {
+        "query_heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "scale2": scale * LOG2_E / before,
+        "before": before,
+        "after": 1.0,
+    }
     name = "volta_forward_half" if half_scores else "volta_forward"
     _launch(_prepare(name, {"x": q, "c": k, "d": v, "out": out}, seen, numbers, lse=lse))
     return out, lse

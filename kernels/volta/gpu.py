@@ -7,7 +7,6 @@ import ctypes
 from functools import cache
 
 import torch
-
 from llmtrain_kernels.volta.arguments import THREADS, Launch
 from llmtrain_kernels.volta.nvrtc import OLDEST, build, nvrtc
 
@@ -29,7 +28,7 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """What to compile for: Volta's machine code on Volta; elsewhere PTX of the oldest architecture that this NVRTC knows, for the driver."""
+    """What to compile for: machine code on Volta, elsewhere PTX of the oldest architecture that this NVRTC knows."""
     found = nvrtc()
     known = found.architectures if found else [OLDEST]
     own = 10 * capability[0] + capability[1]

@@ -8,9 +8,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from llmtrain_kernels.volta.arguments import ROWS
+from torch import Tensor
 
 
 class Pattern(NamedTuple):

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from torch import Tensor
-
 from llmtrain_kernels.volta.arguments import THREADS, Launch
 from llmtrain_kernels.volta.sources import FOLDER, cached, fingerprint
+from torch import Tensor
 
 
 class ShimError(RuntimeError):
@@ -57,7 +56,14 @@ def build(width: int, folder: Path = FOLDER) -> Path:
     if compiler() is None:
         raise RuntimeError("the Volta kernels run on a CPU only through a host shim, which needs g++ (or the compiler that CXX names)")
     command = [compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
-    command += [f"-DHEAD_DIM={width}", f"-I{folder / 'host_shim'}", "-x", "c++", str(folder / "attention.cu"), str(folder / "host_shim/shim.cpp")]
+    command += [
+        f"-DHEAD_DIM={width}",
+        f"-I{folder / 'host_shim'}",
+        "-x",
+        "c++",
+        str(folder / "attention.cu"),
+        str(folder / "host_shim/shim.cpp"),
+    ]
     return cached(fingerprint(folder, [*command[1:8], width]), ".so", lambda: _compile(command))
 
 

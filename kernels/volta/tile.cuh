@@ -54,7 +54,8 @@ struct Mover {
     // Rows `first`.. of a head of each tensor, zeros from row `end` on, into the tiles at byte `shared`; nothing at all if not `on`.
     DEVICE Mover(const View& c, const View& d, int head, int first, int end, u32 shared, bool on)
         : c(c), d(d), chunk(thread_now() % CHUNKS), row(first + thread_now() / CHUNKS), end(on ? end : 0),
-          c_from(blockIdx.z * c.batch + head * c.head + row * c.row + chunk * 8), d_from(blockIdx.z * d.batch + head * d.head + row * d.row + chunk * 8),
+          c_from(blockIdx.z * c.batch + head * c.head + row * c.row + chunk * 8),
+          d_from(blockIdx.z * d.batch + head * d.head + row * d.row + chunk * 8),
           to(shared + chunk_at(row_start(thread_now() / CHUNKS), chunk)), on(on) {}
 
     DEVICE void fetch(int piece) {

@@ -1,4 +1,4 @@
-"""Attention on Volta by the kernels of llmtrain_kernels.volta. Not run on hardware: kernels/volta/README.md says what was checked, and how."""
+"""Attention on Volta by the kernels of llmtrain_kernels.volta. Not run on hardware: see kernels/volta/README.md."""
 
 import os
 

@@ -89,8 +89,18 @@ FAULTS = {
     "no barrier": ("attention.cu", "block_barrier();\n", "\n", "raced for|nobody wrote it"),
     "one stage": ("attention.cu", "2 * STAGES + 2 * TILE - stage, more", "stage, more", "raced for"),
     "beyond the tensor": ("tile.cuh", "row + down < end", "row + down <= end", "outside of the tensors"),
-    "past shared memory": ("attention.cu", "u32 stage = STAGES;", "u32 stage = STAGES + 2 * TILE + 2 * ROW_BYTES;", "shared memory at byte"),
-    "a lane apart": ("attention.cu", "const bool partly = any_lane(!all);", "const bool partly = lane.id && any_lane(!all);", "lane 0 is at"),
+    "past shared memory": (
+        "attention.cu",
+        "u32 stage = STAGES;",
+        "u32 stage = STAGES + 2 * TILE + 2 * ROW_BYTES;",
+        "shared memory at byte",
+    ),
+    "a lane apart": (
+        "attention.cu",
+        "const bool partly = any_lane(!all);",
+        "const bool partly = lane.id && any_lane(!all);",
+        "lane 0 is at",
+    ),
 }
 
 
@@ -110,7 +120,7 @@ SMALL = AttentionCall(Mask(documents=((70, 87),), window=60), heads=2, queries=1
 def test_one_wrong_index_is_found(name, tmp_path, monkeypatch):
     folder = mutated(tmp_path / "volta", *MUTATIONS[name])
     monkeypatch.setattr(shim, "launch", partial(shim.launch, folder=folder))
-    with pytest.raises(AssertionError, match="error|differ"):
+    with pytest.raises(AssertionError, match=r"error|differ"):
         check(volta_attention, SMALL, dtype=torch.float16, bounds=BOUNDS)
         check_mask(volta_attention, SMALL, dtype=torch.float16)
 

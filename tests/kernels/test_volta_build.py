@@ -46,7 +46,10 @@ def test_tensor_cores_no_spills_and_wide_accesses(width):
 @needs_tools
 @pytest.mark.parametrize("width", HEAD_DIMS)
 def test_registers_stack_and_shared_memory(width):
-    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuda_tools.run("cuobjdump", "-res-usage", build(width, "sm_70")))
+    usage = re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+        cuda_tools.run("cuobjdump", "-res-usage", build(width, "sm_70")),
+    )
     assert {name for name, *_ in usage} == KERNELS.keys()
     for name, *numbers in usage:
         registers, stack, static_shared, local = map(int, numbers)

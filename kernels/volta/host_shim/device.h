@@ -39,7 +39,8 @@ extern Dim block, grid;
 Dim thread();
 
 enum Kind { LOAD, STORE, ROW_COL, ROW_ROW, ROW_COL_HALF, EXCHANGE, FROM_LANE, ANY, BARRIER, END };
-const char* const NAMES[] = {"a load", "a store", "a product", "a product", "a product", "an exchange", "an exchange", "a vote", "a barrier", "the end"};
+const char* const NAMES[] = {"a load",      "a store",     "a product", "a product", "a product",
+                             "an exchange", "an exchange", "a vote",    "a barrier", "the end"};
 
 struct Access {
     u32 address;

@@ -62,8 +62,7 @@ Dim thread() { return {(unsigned)current, 0, 0}; }
 
 // Wavefronts of one warp-wide access beyond the least number. 32 banks of 4 bytes; a warp's access of 4, 8 or 16 bytes to a lane goes by
 // 32, 16 or 8 lanes at a time, and each such group takes as many wavefronts as the most different words that it wants of one bank.
-// Source: NVIDIA, CUDA C++ Programming Guide, "Shared Memory" of compute capability 5.x to 7.x for the banks and broadcasts; the groups
-// by access size are as NVIDIA's engineers describe them (forum, "How to understand the bank conflict of shared_mem"): see README.md.
+// README.md has the sources.
 extern "C" int volta_shim_conflicts(const u32* addresses, const unsigned char* active, int bytes) {
     int extra = 0;
     const int group = 128 / bytes;
@@ -91,7 +90,8 @@ static void access(Kind kind, int warp) {
         if (!one.active) continue;
         if (one.address % 16 || one.address / 16 >= chunks.size()) fail("shared memory at byte %u of %zu", one.address, 16 * chunks.size());
         Chunk& chunk = chunks[one.address / 16];
-        if (chunk.written == epoch && chunk.writer != current) fail("byte %u of shared memory raced for: thread %d wrote it", one.address, chunk.writer);
+        if (chunk.written == epoch && chunk.writer != current)
+            fail("byte %u of shared memory raced for: thread %d wrote it", one.address, chunk.writer);
         if (kind == LOAD) {
             if (chunk.writer == NOBODY) fail("byte %u of shared memory is read and nobody wrote it", one.address);
             one.value = chunk.value;
@@ -129,7 +129,8 @@ static void multiply(Kind kind, int warp) {
             float sums[8];
             for (int v = 0; v < 8; ++v) {
                 const bool half = kind == ROW_COL_HALF;
-                const int m = half ? t : (t & 1) + 2 * (v >> 1 & 1) + 4 * (t >> 2), n = half ? v : (v & 1) + 2 * (t >> 1 & 1) + 4 * (v >> 2);
+                const int m = half ? t : (t & 1) + 2 * (v >> 1 & 1) + 4 * (t >> 2);
+                const int n = half ? v : (v & 1) + 2 * (t >> 1 & 1) + 4 * (v >> 2);
                 sums[v] = half ? half_of(of[t]->half, v) : of[t]->wide[v];
                 for (int k = 0; k < 4; ++k) sums[v] += a[m][k] * b[k][n];
             }
@@ -219,7 +220,8 @@ static void run_block(int warps) {
             jump(outside, fibers[current].at);
         }
         for (int warp = 1; warp < warps; ++warp)
-            if (fibers[warp * LANES].kind != fibers[0].kind) fail("warp %d is at %s, warp 0 is not", warp, NAMES[fibers[warp * LANES].kind]);
+            if (fibers[warp * LANES].kind != fibers[0].kind)
+                fail("warp %d is at %s, warp 0 is not", warp, NAMES[fibers[warp * LANES].kind]);
         if (fibers[0].kind == END) return;
         ++report->barriers;
     }
