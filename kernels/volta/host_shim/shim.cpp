@@ -62,7 +62,7 @@ Dim thread() { return {(unsigned)current, 0, 0}; }
 
 // Wavefronts of one warp-wide access beyond the least number. 32 banks of 4 bytes; a warp's access of 4, 8 or 16 bytes to a lane goes by
 // 32, 16 or 8 lanes at a time, and each such group takes as many wavefronts as the most different words that it wants of one bank.
-// README.md has the sources.
+// ../README.md says how far this rule can be trusted.
 extern "C" int volta_shim_conflicts(const u32* addresses, const unsigned char* active, int bytes) {
     int extra = 0;
     const int group = 128 / bytes;
@@ -113,7 +113,7 @@ static float half_of(const u32* registers, int index) {
     return index % 2 ? pair.y : pair.x;
 }
 
-// m8n8k4 by the maps of CuTe's mma_traits_sm70.hpp; the PTX manual's figures of mma.m8n8k4 are the same.
+// m8n8k4 by the maps of CuTe's mma_traits_sm70.hpp (../README.md).
 static void multiply(Kind kind, int warp) {
     for (int quad_pair = 0; quad_pair < 4; ++quad_pair) {
         Product* of[8];
