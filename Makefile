@@ -93,6 +93,7 @@ $(KERNELS_VENV)/.installed: setup.py pyproject.toml
 	$(KERNELS_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
 	$(KERNELS_VENV)/bin/pip install --quiet triton==3.9.0 $(NVRTC) pytest pytest-xdist pytest-timeout hypothesis -e .
 	$(KERNELS_VENV)/bin/pip install --quiet --no-deps xformers==0.0.35
+	$(KERNELS_VENV)/bin/python tests/kernels/support/cuda_tools.py
 	touch $@
 
 $(ASCEND_VENV)/.installed:

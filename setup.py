@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=packages + kernel_packages,
     package_dir={"llmtrain_kernels": "kernels"},
-    package_data={"llmtrain": ["hardware/*.yaml"]},
+    package_data={"llmtrain": ["hardware/*.yaml"], "llmtrain_kernels": ["volta/*.cu", "volta/*.cuh", "volta/*.md", "volta/host_shim/*"]},
     install_requires=[
         torch,
         "numpy",

@@ -23,6 +23,7 @@ from llmtrain.ops import (
     sdpa,
     tiled_attention,
     triton_pointwise,
+    volta_attention,
 )
 from llmtrain.ops.decode_attention import KeyLengths
 from llmtrain.ops.registry import Call, Choice, Implementation, KernelUnavailable, Ops, choose, implementations, op_names, register, resolve
@@ -57,4 +58,5 @@ __all__ = [
     "sdpa",
     "tiled_attention",
     "triton_pointwise",
+    "volta_attention",
 ]
