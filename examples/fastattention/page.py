@@ -45,7 +45,7 @@ def page(found: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-NO_BENCH = "Their overlap is not shown here: the bench has not been run (`sudo .venv/bin/python bench/tiled_reduce.py`, two ranks on a limited wire)."
+NO_BENCH = "The bench of their overlap has not been run here (`sudo .venv/bin/python bench/tiled_reduce.py`)."
 
 COUNTS = [
     "mask",
@@ -116,7 +116,7 @@ def _skipped(found: dict) -> tuple[str, str]:
 def _memory(found: dict) -> tuple[str, str]:
     (_, before, _), (_, middle, _), (tokens, last, _) = found["held"][-3:]
     factor = (last - middle) / (middle - before)
-    text = f"{last / MIB:.1f} MiB at {tokens:,} tokens; the last doubling added {factor:.2f} times what the one before did (linear: 2, square: 4)"
+    text = f"{last / MIB:.1f} MiB at {tokens:,} tokens; its last doubling added {factor:.2f} times the one before (linear: 2, square: 4)"
     return text, "the reference on this CPU, measured at torch's operators"
 
 
