@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from attention_calls import AttentionCall, Matrix, calls
+from attention_call import AttentionCall
+from attention_calls import Matrix, calls
 from attention_formula import formula, seen
 from attention_harness import check, check_mask
 from hypothesis import given, settings

@@ -9,7 +9,8 @@ from dataclasses import replace
 import outside_packages
 import pytest
 import torch
-from attention_calls import AttentionCall, Matrix, calls
+from attention_call import AttentionCall
+from attention_calls import Matrix, calls
 from attention_harness import check, check_mask
 from hypothesis import HealthCheck, given, settings
 from llmtrain_kernels import Mask

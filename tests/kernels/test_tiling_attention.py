@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from attention_calls import AttentionCall, Matrix, calls
+from attention_call import AttentionCall
+from attention_calls import Matrix, calls
 from attention_harness import BOUNDS, check, check_mask
 from held_memory import Held
 from hypothesis import given, settings

@@ -10,7 +10,8 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
 pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
 
 import torch
-from attention_calls import HEAD_DIMS, AttentionCall, Matrix, calls
+from attention_call import AttentionCall
+from attention_calls import HEAD_DIMS, Matrix, calls
 from attention_formula import seen
 from attention_harness import check, check_mask
 from hypothesis import HealthCheck, given, settings

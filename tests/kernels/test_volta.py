@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from attention_calls import AttentionCall, Matrix, calls
+from attention_call import AttentionCall
+from attention_calls import Matrix, calls
 from attention_harness import check, check_mask
 from hypothesis import given, settings
 from llmtrain_kernels import Mask

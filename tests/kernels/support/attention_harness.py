@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from attention_calls import AttentionCall
+from attention_call import AttentionCall
 from attention_formula import formula, seen
 from torch import Tensor
 
