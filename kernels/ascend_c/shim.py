@@ -83,11 +83,11 @@ def watch() -> Iterator[list[Report]]:
 
 
 @cache
-def library(folder: Path = FOLDER) -> ctypes.CDLL:
-    """The sources in `folder`, compiled and loaded. Raises RuntimeError with the compiler's output."""
+def library(folder: Path = FOLDER, level: str = "-O2") -> ctypes.CDLL:
+    """The sources in `folder`, compiled at an optimisation level and loaded. Raises RuntimeError with the compiler's output."""
     if compiler() is None:
         raise RuntimeError("the Ascend C kernel runs on a CPU only through a host shim, which needs g++ (or the compiler that CXX names)")
-    command = [compiler(), "-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+    command = [compiler(), "-std=c++17", level, "-ftree-vectorize", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "shim.so"
         source = folder / "host_shim/launch.cpp"
@@ -110,18 +110,18 @@ def attention(
     kv_offset: int = 0,
     return_lse: bool = False,
     cores: int = 2,
-    folder: Path = FOLDER,
+    loaded: ctypes.CDLL | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention on `cores` AI cores of the shim, forward only: fp16 in host memory, causal or full, head dim 64 or 128.
 
-    q [B,H,S,d], k and v [B,K,T,d]; returns out [B,H,S,d] and, if asked, lse [B,H,S] in fp32. Raises ValueError for other calls, ShimError
-    for what an NPU would do wrongly or not at all.
+    q [B,H,S,d], k and v [B,K,T,d]; returns out [B,H,S,d] and, if asked, lse [B,H,S] in fp32. `loaded`: a library other than that of
+    these sources. Raises ValueError for other calls, ShimError for what an NPU would do wrongly or not at all.
     """
     check_attention(q, k, v, mask, q_offset=q_offset, kv_offset=kv_offset)
     _check_served(q, v, mask, kv_offset)
     q, k, v = (x.detach().contiguous() for x in (q, k, v))
     out, lse = torch.full_like(q, float("nan")), q.new_full(q.shape[:3], float("nan"), dtype=torch.float32)
-    loaded, report = library(folder), Report()
+    loaded, report = loaded or library(), Report()
     hidden = template(min(TILING.small), dtype=q.dtype)
     workspace = torch.empty(cores * loaded.ascend_c_workspace(q.shape[3]), dtype=torch.uint8)
     pointers = (x.data_ptr() for x in (q, k, v, hidden, workspace, out, lse))

@@ -75,8 +75,7 @@ private:
         Exp(shrink, shrink, count);
         Adds(before, fresh, 0.0f, count);
         Spread(fresh, count);
-        for (uint32_t lane = 0; lane < width; lane += LANES)
-            Sub(strip[lane], strip[lane], spread, LANES, count, PerRow(width));
+        for (uint32_t lane = 0; lane < width; lane += LANES) Sub(strip[lane], strip[lane], spread, LANES, count, PerRow(width));
         PipeBarrier<PIPE_V>();
         Exp(strip, strip, count * width);
         PipeBarrier<PIPE_V>();
@@ -153,8 +152,10 @@ private:
         Adds(folded, strip, 0.0f, LANES, count, {1, 1, own, pitch});
         PipeBarrier<PIPE_V>();
         for (uint32_t lane = LANES; lane < width; lane += LANES) {
-            if (maximum) Max(folded, folded, strip[lane], LANES, count, {1, 1, 1, own, own, pitch});
-            else Add(folded, folded, strip[lane], LANES, count, {1, 1, 1, own, own, pitch});
+            if (maximum)
+                Max(folded, folded, strip[lane], LANES, count, {1, 1, 1, own, own, pitch});
+            else
+                Add(folded, folded, strip[lane], LANES, count, {1, 1, 1, own, own, pitch});
             PipeBarrier<PIPE_V>();
         }
     }

@@ -60,7 +60,8 @@ void DataCopyPad(const GlobalTensor<T>& to, const LocalTensor<T>& from, const Da
 inline void DataCopy(const LocalTensor<half>& to, const GlobalTensor<half>& from, const Nd2NzParams& params) {
     begin(true);
     to.lies_in(shim::L1);
-    if (params.ndNum != 1 || params.dValue % 16) fail("the shim copies one matrix of whole fractals, not %d of width %d", params.ndNum, params.dValue);
+    if (params.ndNum != 1 || params.dValue % 16)
+        fail("the shim copies one matrix of whole fractals, not %d of width %d", params.ndNum, params.dValue);
     for (size_t row = 0; row < params.nValue; ++row) {
         shim::touch_memory(from.data + row * params.srcDValue, params.dValue * 2, PIPE_MTE2, false);
         for (size_t column = 0; column < params.dValue; column += 16) {

@@ -37,7 +37,8 @@ struct DataCopyExtParams {
     uint32_t blockLen, srcStride, dstStride, rsv;
 };
 struct Nd2NzParams {
-    uint16_t ndNum = 0, nValue = 0, dValue = 0, srcNdMatrixStride = 0, srcDValue = 0, dstNzC0Stride = 0, dstNzNStride = 0, dstNzMatrixStride = 0;
+    uint16_t ndNum = 0, nValue = 0, dValue = 0, srcNdMatrixStride = 0, srcDValue = 0, dstNzC0Stride = 0, dstNzNStride = 0,
+             dstNzMatrixStride = 0;
 };
 struct LoadData2DParams {
     uint16_t startIndex = 0;
@@ -93,24 +94,34 @@ struct LocalTensor {
         shim::touch(*buffer, offset + index * sizeof(T), size * sizeof(T), pipe, write);
     }
     void aligned(size_t bytes) const {
-        if (offset % bytes) fail("%s: a tensor of %s at byte %zu, not a multiple of %zu", name_of(here()), shim::PLACE_NAMES[buffer->place], offset, bytes);
+        if (offset % bytes)
+            fail("%s: a tensor of %s at byte %zu, not a multiple of %zu", name_of(here()), shim::PLACE_NAMES[buffer->place], offset, bytes);
     }
     void lies_in(Place place) const {
-        if (buffer->place != place) fail("%s: a tensor lies in %s, %s is needed", name_of(here()), shim::PLACE_NAMES[buffer->place], shim::PLACE_NAMES[place]);
+        if (buffer->place != place)
+            fail("%s: a tensor lies in %s, %s is needed", name_of(here()), shim::PLACE_NAMES[buffer->place], shim::PLACE_NAMES[place]);
     }
 };
 
 constexpr Place place_of(TPosition position) {
-    return position <= TPosition::B1 ? shim::L1 : position == TPosition::A2 ? shim::L0A : position == TPosition::B2 ? shim::L0B
-         : position == TPosition::CO1 ? shim::L0C : shim::UB;
+    return position <= TPosition::B1    ? shim::L1
+           : position == TPosition::A2  ? shim::L0A
+           : position == TPosition::B2  ? shim::L0B
+           : position == TPosition::CO1 ? shim::L0C
+                                        : shim::UB;
 }
 constexpr pipe_t filled_by(TPosition position) {
-    return position <= TPosition::B1 || position == TPosition::VECIN ? PIPE_MTE2 : position <= TPosition::B2 ? PIPE_MTE1
-         : position == TPosition::CO1 ? PIPE_M : PIPE_V;
+    return position <= TPosition::B1 || position == TPosition::VECIN ? PIPE_MTE2
+           : position <= TPosition::B2                               ? PIPE_MTE1
+           : position == TPosition::CO1                              ? PIPE_M
+                                                                     : PIPE_V;
 }
 constexpr pipe_t emptied_by(TPosition position) {
-    return position <= TPosition::B1 ? PIPE_MTE1 : position <= TPosition::B2 ? PIPE_M : position == TPosition::CO1 ? PIPE_FIX
-         : position == TPosition::VECIN ? PIPE_V : PIPE_MTE3;
+    return position <= TPosition::B1      ? PIPE_MTE1
+           : position <= TPosition::B2    ? PIPE_M
+           : position == TPosition::CO1   ? PIPE_FIX
+           : position == TPosition::VECIN ? PIPE_V
+                                          : PIPE_MTE3;
 }
 
 template <TPosition P, int DEPTH>
@@ -163,7 +174,9 @@ template <TPosition P>
 struct TBuf {
     shim::Buffer* buffer = nullptr;
     template <class T>
-    LocalTensor<T> Get() { return {buffer, buffer->offset}; }
+    LocalTensor<T> Get() {
+        return {buffer, buffer->offset};
+    }
 };
 
 struct TPipe {
@@ -172,7 +185,9 @@ struct TPipe {
         for (int i = 0; i < number; ++i) queue.buffers.push_back(take(place_of(P), bytes, shim::FREE));
     }
     template <TPosition P>
-    void InitBuffer(TBuf<P>& buffer, uint32_t bytes) { buffer.buffer = take(place_of(P), bytes, shim::PLAIN); }
+    void InitBuffer(TBuf<P>& buffer, uint32_t bytes) {
+        buffer.buffer = take(place_of(P), bytes, shim::PLAIN);
+    }
 
 private:
     shim::Buffer* take(Place place, size_t bytes, shim::State state) {
@@ -191,7 +206,9 @@ inline int64_t GetBlockIdx() { return here().cube() ? here().group : 2 * here().
 inline int64_t GetSubBlockIdx() { return std::max(here().sub, 0); }
 
 template <pipe_t pipe>
-void PipeBarrier() { here().known[pipe][pipe] = here().now; }
+void PipeBarrier() {
+    here().known[pipe][pipe] = here().now;
+}
 template <uint8_t mode, pipe_t pipe>
 void CrossCoreSetFlag(uint16_t flag) {
     static_assert(mode == 2, "the shim has flags between the cores of one AI core only");

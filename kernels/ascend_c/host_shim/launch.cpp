@@ -11,8 +11,8 @@ struct Arguments {
 
 void kernel(void* given) {
     const Arguments& a = *(Arguments*)given;
-    (a.width == 64 ? attention_64 : attention_128)(a.q, a.k, a.v, a.mask, a.workspace, a.out, a.lse, a.batch, a.heads, a.kv_heads, a.queries, a.keys,
-                                                   a.q_offset, a.causal, a.scale);
+    (a.width == 64 ? attention_64 : attention_128)(a.q, a.k, a.v, a.mask, a.workspace, a.out, a.lse, a.batch, a.heads, a.kv_heads,
+                                                   a.queries, a.keys, a.q_offset, a.causal, a.scale);
 }
 
 shim::Region region(const void* from, size_t bytes, bool writable, bool mask = false) {
@@ -30,10 +30,12 @@ extern "C" void ascend_c_launch(Arguments* a, int groups, shim::Report* report) 
     shim::Machine machine;
     *report = {};
     shim::machine = &machine;
-    const size_t rows = (size_t)a->batch * a->heads * a->queries, others = (size_t)a->batch * a->kv_heads * a->keys, pitch = a->width * sizeof(half);
+    const size_t rows = (size_t)a->batch * a->heads * a->queries, others = (size_t)a->batch * a->kv_heads * a->keys,
+                 pitch = a->width * sizeof(half);
     const size_t edge = fast_attention::TEMPLATE, workspace = groups * ascend_c_workspace(a->width);
-    machine.regions = {region(a->q, rows * pitch, false), region(a->k, others * pitch, false), region(a->v, others * pitch, false),
-                       region(a->mask, edge * edge * sizeof(half), false, true), region(a->out, rows * pitch, true), region(a->lse, rows * 4, true)};
+    machine.regions = {region(a->q, rows * pitch, false),   region(a->k, others * pitch, false),
+                       region(a->v, others * pitch, false), region(a->mask, edge * edge * sizeof(half), false, true),
+                       region(a->out, rows * pitch, true),  region(a->lse, rows * 4, true)};
     machine.workspace = region(a->workspace, workspace, true);
     memset(a->workspace, 0xFF, workspace);
     machine.cells.resize(workspace / shim::CELL);

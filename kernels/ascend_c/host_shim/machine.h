@@ -138,13 +138,16 @@ inline void touch(const Buffer& buffer, size_t offset, size_t bytes, pipe_t pipe
     for (size_t at = offset / CELL; at * CELL < offset + bytes; ++at) {
         Cell& cell = core.cells[buffer.place][at];
         if (cell.written && !in_order(core, pipe, cell.writer, cell.written))
-            fail("%s: %s does not wait for %s, which wrote byte %zu of %s", name_of(core), PIPE_NAMES[pipe], PIPE_NAMES[cell.writer], at * CELL,
-                 place);
+            fail("%s: %s does not wait for %s, which wrote byte %zu of %s", name_of(core), PIPE_NAMES[pipe], PIPE_NAMES[cell.writer],
+                 at * CELL, place);
         for (int other = 0; write && other < PIPES; ++other)
             if (other != pipe && cell.read[other] > core.known[pipe][other])
-                fail("%s: %s does not wait for %s, which reads byte %zu of %s", name_of(core), PIPE_NAMES[pipe], PIPE_NAMES[other], at * CELL, place);
-        if (write) cell.written = core.now, cell.writer = pipe;
-        else cell.read[pipe] = core.now;
+                fail("%s: %s does not wait for %s, which reads byte %zu of %s", name_of(core), PIPE_NAMES[pipe], PIPE_NAMES[other],
+                     at * CELL, place);
+        if (write)
+            cell.written = core.now, cell.writer = pipe;
+        else
+            cell.read[pipe] = core.now;
     }
 }
 
@@ -155,7 +158,8 @@ inline bool touch_memory(const void* at, size_t bytes, pipe_t pipe, bool write) 
     for (const Region& region : machine->regions)
         if (from >= region.from && to <= region.to && (!write || region.writable)) return region.mask;
     const Region& all = machine->workspace;
-    if (from < all.from || to > all.to) fail("%s: %s of %zu bytes of memory outside of the tensors", name_of(core), write ? "write" : "read", bytes);
+    if (from < all.from || to > all.to)
+        fail("%s: %s of %zu bytes of memory outside of the tensors", name_of(core), write ? "write" : "read", bytes);
     for (size_t index = (from - all.from) / CELL; index * CELL < to - all.from; ++index) {
         Shared& cell = machine->cells[index];
         if (cell.writer < 0 && !write) fail("%s: reads byte %zu of the workspace, which nobody wrote", name_of(core), index * CELL);
@@ -165,9 +169,12 @@ inline bool touch_memory(const void* at, size_t bytes, pipe_t pipe, bool write) 
         cell.read.resize(machine->cores.size());
         for (size_t other = 0; write && other < cell.read.size(); ++other)
             if ((int)other != core.id && cell.read[other] > core.others.read[other])
-                fail("%s: writes byte %zu of the workspace, which %s may still read", name_of(core), index * CELL, name_of(machine->cores[other]));
-        if (write) cell.writer = core.id, cell.pipe = pipe, cell.time = core.now;
-        else cell.read[core.id] = core.now;
+                fail("%s: writes byte %zu of the workspace, which %s may still read", name_of(core), index * CELL,
+                     name_of(machine->cores[other]));
+        if (write)
+            cell.writer = core.id, cell.pipe = pipe, cell.time = core.now;
+        else
+            cell.read[core.id] = core.now;
     }
     return false;
 }
@@ -214,7 +221,8 @@ inline void core_main() {
     try {
         machine->kernel(machine->arguments);
         for (const Buffer& buffer : core.buffers)
-            if (buffer.state != FREE && buffer.state != PLAIN) fail("%s ends with a tensor of %s that was not freed", name_of(core), PLACE_NAMES[buffer.place]);
+            if (buffer.state != FREE && buffer.state != PLAIN)
+                fail("%s ends with a tensor of %s that was not freed", name_of(core), PLACE_NAMES[buffer.place]);
     } catch (const Failure& failure) {
         memcpy(machine->report->error, failure.text, sizeof(failure.text));
     }
@@ -233,13 +241,17 @@ inline void make_core(Core& core, int id) {
     makecontext(&core.context, core_main, 0);
 }
 
+[[noreturn]] inline void fail_waiting() {
+    std::string text = "nobody will set what is waited for:";
+    for (const Core& core : machine->cores)
+        if (!core.done) text += std::string(" ") + name_of(core) + " flag " + std::to_string(core.waits) + ";";
+    fail("%s", text.c_str());
+}
+
 // Cores take turns until all are done. Throws Failure if all wait, or if a flag is left over.
 inline void run() {
     for (bool moved = true, all = false; !all;) {
-        if (!moved) {
-            for (const Core& core : machine->cores)
-                if (!core.done) fail("%s waits for flag %d, which nobody will set", name_of(core), core.waits);
-        }
+        if (!moved) fail_waiting();
         moved = false, all = true;
         for (Core& core : machine->cores) {
             if (core.done || (core.waits >= 0 && core.flags[core.waits].empty())) continue;
