@@ -18,7 +18,13 @@ setup(
     python_requires=">=3.10",
     packages=packages + kernel_packages,
     package_dir={"llmtrain_kernels": "kernels"},
-    package_data={"llmtrain": ["hardware/*.yaml"], "llmtrain_kernels": ["volta/*.cu", "volta/*.cuh", "volta/*.md", "volta/host_shim/*"]},
+    package_data={
+        "llmtrain": ["hardware/*.yaml"],
+        "llmtrain_kernels": [
+            *("volta/*.cu", "volta/*.cuh", "volta/*.md", "volta/host_shim/*"),
+            *("ascend_c/*.cpp", "ascend_c/*.h", "ascend_c/*.md", "ascend_c/host_shim/*"),
+        ],
+    },
     install_requires=[
         torch,
         "numpy",
