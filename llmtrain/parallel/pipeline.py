@@ -160,7 +160,8 @@ class _Run:
             self._weights[stage, micro] = lambda: None
         else:
             slopes = None if slope is None else [slope]
-            _, groups = halves[0]([kept.left], slopes, [kept.entered], self.pipeline.parts[stage].parameters())
+            left = kept.left.clone() if slope is None else kept.left  # torch detaches it in place; a loss may be a view, which does not allow it
+            _, groups = halves[0]([left], slopes, [kept.entered], self.pipeline.parts[stage].parameters())
             self._weights[stage, micro] = partial(self._backward_groups, stage, groups, halves[1])
         self._hand_back(stage, micro, kept)
 
