@@ -6,7 +6,7 @@ from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def fsdp_sum_gradients(module: nn.Module) -> None:
@@ -126,6 +126,11 @@ def take_groups(*meshes: Any) -> set[Any]:
     for registry in registries:
         registry.clear()
     return groups
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd takes `tensor` for a view of another one."""
+    return tensor._is_view()
 
 
 def clear_dtensor_caches() -> None:

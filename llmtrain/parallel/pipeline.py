@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from llmtrain.compat import reduce_fsdp_gradients, split_backward
+from llmtrain.compat import is_view, reduce_fsdp_gradients, split_backward
 from llmtrain.layout.schedule import Action, Schedule, with_communication
 from llmtrain.parallel.hang.record import BACKWARD, FORWARD
 from llmtrain.parallel.hang.where import Begun, at, ends, mark, recorded
@@ -160,7 +160,7 @@ class _Run:
             self._weights[stage, micro] = lambda: None
         else:
             slopes = None if slope is None else [slope]
-            left = kept.left.clone() if slope is None else kept.left  # torch detaches it in place; a loss may be a view, which does not allow it
+            left = kept.left.clone() if is_view(kept.left) else kept.left  # torch detaches it in place, which views do not allow
             _, groups = halves[0]([left], slopes, [kept.entered], self.pipeline.parts[stage].parameters())
             self._weights[stage, micro] = partial(self._backward_groups, stage, groups, halves[1])
         self._hand_back(stage, micro, kept)
