@@ -82,14 +82,14 @@ norm:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the parity matrix; write docs/parity.md.")
     parser.add_argument("--only", help="run only rows whose name contains this; prints and writes nothing")
-    parser.add_argument("--missing", action="store_true", help="run only rows that the page lacks, and add them to it")
+    parser.add_argument("--missing", action="store_true", help="run only rows and faults that the page lacks, and add them to it")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md")
     options = parser.parse_args()
     written = options.out.read_text() if options.missing else ""
     rows = [row for row in ROWS if (options.only is None or options.only in row.name) and line_start(row) not in written]
     everything = options.only is None and not options.missing
-    faults = FAULTS if everything else {}
-    if not rows:
+    faults = {name: row for name, row in FAULTS.items() if options.only is None and f"\n| {row.name} |" not in written}
+    if not rows and not faults:
         parser.error(f"{options.out} has every row" if options.missing else f"no row's name contains {options.only!r}")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of the processes of the worlds
     started, commit = time.monotonic(), commit_name()
@@ -98,7 +98,7 @@ def main() -> int:
     seen = [fault_line(name, row, runs) for name, row in faults.items()]
     failed = [v for v in verdicts if not v.passed]
     if options.missing:
-        options.out.write_text(with_rows(written, verdicts, commit))
+        options.out.write_text(with_faults(with_rows(written, verdicts, commit), [line for line, _ in seen]))
     elif everything:
         options.out.write_text(page(verdicts, [line for line, _ in seen], commit=commit, minutes=(time.monotonic() - started) / 60))
     if everything or options.missing:
@@ -250,10 +250,17 @@ def line_start(row: Row) -> str:
 
 def with_rows(text: str, verdicts: list[Verdict], commit: str) -> str:
     """A page with more rows, which were run at another commit."""
+    if not verdicts:
+        return text
     before, heading, after = text.partition("\n## Broken on purpose\n")
     failed = sum(not verdict.passed for verdict in verdicts)
     said = f"Run later, on {date.today().isoformat()} from commit {commit}: {len(verdicts)} rows, {failed} failed."
     return f"{before}\n{said}\n\n{table(verdicts)}\n{heading}{after}"
+
+
+def with_faults(text: str, lines: list[str]) -> str:
+    """A page with more faults below those that it has."""
+    return text.rstrip("\n") + "".join(f"\n{line}" for line in lines) + "\n"
 
 
 def fault_line(name: str, row: Row, runs: dict[str, dict | str]) -> tuple[str, bool]:
