@@ -1,7 +1,7 @@
 """The results page."""
 
+from counts import EDGE, LENGTH, CountsFound, MaskFound
 from paper import CLAIMS, TRUST
-from tiles import EDGE, LENGTH, CountsFound, MaskFound
 
 from llmtrain.tools.markdown import fence, table
 

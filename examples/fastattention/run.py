@@ -19,8 +19,8 @@ ROOT = HERE.parent.parent
 sys.path[1:1] = [str(ROOT / "bench"), str(ROOT / "tests/kernels/support")]
 
 import compiled  # noqa: E402
+import counts  # noqa: E402
 import page  # noqa: E402
-import tiles  # noqa: E402
 import together  # noqa: E402
 from wire.origin import origin  # noqa: E402
 
@@ -44,7 +44,7 @@ def find(args: argparse.Namespace) -> dict:
     python, length = compiled.kernels_python(), 1024 if args.quick else 4096
     found = {"length": length, "seed": args.seed}
     say("masks, tiles, memory")
-    found |= {"mask": tiles.mask(length), "counts": tiles.counts(length), "held": tiles.held([length * 2**n // 4 for n in range(4)])}
+    found |= {"mask": counts.mask(length), "counts": counts.counts(length), "held": counts.held([length * 2**n // 4 for n in range(4)])}
     say(f"implementations against float64 ({python})")
     found["numbers"] = numbers(python, args.seed, args.quick)
     say("sums in tiles, the plan of a long sequence")

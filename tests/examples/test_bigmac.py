@@ -87,7 +87,8 @@ def test_ranks_in_namespaces_on_a_limited_wire():
 def test_nothing_is_left_when_somebody_ends_it(end, tmp_path):
     command = [sys.executable, str(EXAMPLE / "run.py"), "--name", str(tmp_path / "x")]
     env = os.environ | {"PYTHONPATH": str(EXAMPLE.parents[1])}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # tests started in the background ignore it
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **heard)
     name = f"{network.PREFIX}-{process.pid}-1"
     try:
         while f"{name}\n" not in namespaces() and process.poll() is None:
