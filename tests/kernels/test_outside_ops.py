@@ -149,7 +149,7 @@ def test_cross_entropy_without_gradients_and_with_an_fp32_weight(stand_ins):
 
 
 def trained(adamw, *, steps_before):
-    """Parameters after four steps, begun with moments that have seen some; one of them has no gradient at the first step."""
+    """Parameters after four steps, begun with moments that have seen some steps, as a resumed run has them; set anew in between."""
     torch.manual_seed(0)
     parameters = {name: torch.nn.Parameter(torch.randn(5, 3)) for name in ("blocks.0.a.weight", "blocks.0.norm.weight", "head.weight")}
     cfg = OptimConfig(lr=0.1, weight_decay=0.1, no_decay=["*norm*"])
