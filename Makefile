@@ -92,7 +92,7 @@ $(KERNELS_VENV)/.installed: setup.py pyproject.toml
 	$(KERNELS_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
 	$(KERNELS_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
 	$(KERNELS_VENV)/bin/pip install --quiet triton==3.9.0 $(NVRTC) pytest pytest-xdist pytest-timeout hypothesis -e .
-	$(KERNELS_VENV)/bin/pip install --quiet --no-deps xformers==0.0.35
+	$(KERNELS_VENV)/bin/pip install --quiet --no-deps xformers==0.0.35 liger-kernel==0.8.5
 	$(KERNELS_VENV)/bin/python tests/kernels/support/cuda_tools.py
 	touch $@
 

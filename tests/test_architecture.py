@@ -20,6 +20,7 @@ FLOORS = {
     "ops": 1,
     "device": 1,
     "plugins": -1,
+    "packages": -1,
     "layout": 0,
     "hardware": 0,
     "config": 0,
@@ -27,7 +28,7 @@ FLOORS = {
     "errors": -1,
     "compat": -1,
 }
-NO_TORCH = ("config", "layout", "hardware", "cli", "errors", "plugins")
+NO_TORCH = ("config", "layout", "hardware", "cli", "errors", "plugins", "packages")
 FILES = sorted((ROOT / "llmtrain").rglob("*.py"))
 
 

@@ -87,3 +87,62 @@ def swiglu_backward(grad, gate, up, grad_gate, grad_up, count, BLOCK: tl.constex
     share = 1.0 / (1.0 + tl.exp(-g))
     tl.store(grad_up + place, (slope * g * share).to(grad_up.dtype.element_ty), mask=inside)
     tl.store(grad_gate + place, (slope * u * share * (1.0 + g * (1.0 - share))).to(grad_gate.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def softmax_losses(logits, target, losses, stride, width, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of logits [n,width]: losses[row] = -log softmax(row)[target[row]], and with SLOPE its gradient in place of the row."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    column = tl.arange(0, BLOCK)
+    wanted = tl.load(target + row)
+    # Before the sums below, behind which all warps wait: the gradient overwrites it.
+    chosen = tl.load(logits + tl.maximum(tl.minimum(wanted, width - 1), 0)).to(tl.float32)
+    # Each lane keeps a sum relative to the largest number that it has met; the first is finite, as infinities have no difference.
+    top, total = tl.full([BLOCK], -3.0e38, tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        value = tl.load(logits + start + column, mask=start + column < width, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(top, value)
+        total = total * tl.exp(top - larger) + tl.exp(value - larger)
+        top = larger
+    most = tl.max(top, 0)
+    lse = most + tl.log(tl.sum(total * tl.exp(top - most), 0))
+    tl.store(losses + row, tl.where((wanted >= 0) & (wanted < width), lse - chosen, float("nan")))
+    if SLOPE:
+        for start in range(0, width, BLOCK):
+            inside = start + column < width
+            value = tl.load(logits + start + column, mask=inside, other=0.0).to(tl.float32)
+            slope = tl.exp(value - lse) - tl.where(start + column == wanted, 1.0, 0.0)
+            tl.store(logits + start + column, slope.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_copies(rows, places, probs, out, width, copies, WEIGHED: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of out[n] = sum over slots, in order, of rows[places[n,slot]], times probs[n,slot] if WEIGHED."""
+    blocks = tl.cdiv(width, BLOCK)
+    token, column = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in range(copies):
+        place = tl.load(places + token * copies + slot)
+        value = tl.load(rows + place * width + column, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHED:
+            value *= tl.load(probs + token * copies + slot).to(tl.float32)
+        total += value
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def spread_copies(grad, rows, places, probs, grad_rows, grad_probs, width, copies, BLOCK: tl.constexpr):
+    """One copy of a token, of a weighed sum with gradient grad: the gradients of its row and of its prob."""
+    copy = tl.program_id(0).to(tl.int64)
+    token, place = copy // copies, tl.load(places + copy)
+    share = tl.load(probs + copy).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        slope = tl.load(grad + token * width + column, mask=inside, other=0.0).to(tl.float32)
+        total += slope * tl.load(rows + place * width + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_rows + place * width + column, (slope * share).to(grad_rows.dtype.element_ty), mask=inside)
+    tl.store(grad_probs + copy, tl.sum(total, 0).to(grad_probs.dtype.element_ty))

@@ -74,9 +74,14 @@ def permute_reference(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Ten
     Returns rows [N*k,D], order [N*k] (rows[i] is copy order[i] = token * k + slot) and counts [experts] int64. The gradient sums the
     copies of a token slot by slot, so it is deterministic.
     """
+    order, counts = sort_by_expert(ids, experts)
+    return _Copies.apply(x, order, ids.shape[1]), order, counts
+
+
+def sort_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """order [N*k] and counts [experts] of `permute` for ids [N,k]."""
     flat = ids.reshape(-1)
-    order = flat.argsort(stable=True)
-    return _Copies.apply(x, order, ids.shape[1]), order, torch.bincount(flat, minlength=experts)
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=experts)
 
 
 @register("unpermute", "reference", speed=0)

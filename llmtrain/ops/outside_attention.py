@@ -2,8 +2,6 @@
 packages' signatures, and what they compute against a stand-in. So `auto` does not take them; a configuration may name them."""
 
 import importlib
-import importlib.util
-from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -15,12 +13,9 @@ from torch import Tensor
 from llmtrain.ops.attention_shapes import last_key_is_last_query, narrow, one_width, packed_lengths
 from llmtrain.ops.registry import Call, register
 from llmtrain.ops.sdpa import attention_sdpa
+from llmtrain.packages import needs
 
 HALVES = (torch.float16, torch.bfloat16)
-
-
-def _needs(module: str, package: str) -> Callable[[], str | None]:
-    return lambda: None if importlib.util.find_spec(module) else f"needs the package {package}: pip install {package}"
 
 
 def _flash_supports(call: Call) -> str | None:
@@ -43,7 +38,7 @@ def _handed_over(mask: Mask, q: Tensor, k: Tensor, *, q_offset: int, kv_offset: 
     devices=("cuda",),
     dtypes=HALVES,
     speed=-0.1,
-    probe=_needs("flash_attn", "flash-attn"),
+    probe=needs("flash_attn", "flash-attn"),
     supports=_flash_supports,
 )
 def attention_flash_attn(
@@ -107,7 +102,7 @@ def _xformers_supports(call: Call) -> str | None:
     devices=("cuda",),
     dtypes=(*HALVES, torch.float32),
     speed=-0.2,
-    probe=_needs("xformers", "xformers"),
+    probe=needs("xformers", "xformers"),
     supports=_xformers_supports,
     deterministic=False,
 )

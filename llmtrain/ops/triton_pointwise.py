@@ -1,9 +1,12 @@
-"""RMSNorm, rotary embedding and SwiGLU by the Triton kernels of `llmtrain_kernels`, as entries `triton`."""
+"""RMSNorm, rotary embedding, SwiGLU, cross-entropy and the sorting by expert by the Triton kernels of `llmtrain_kernels`, as entries
+`triton`."""
 
 import torch
 from llmtrain_kernels import triton_pointwise
 from torch import Tensor
 
+from llmtrain.ops.cross_entropy import in_chunks
+from llmtrain.ops.experts import inverse, sort_by_expert
 from llmtrain.ops.fast_attention import UNMEASURED
 from llmtrain.ops.registry import Call, register
 
@@ -36,3 +39,26 @@ def rope_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
     """As `swiglu_reference`, keeping gate and up alone for the backward pass."""
     return triton_pointwise.swiglu(gate, up)
+
+
+@register("cross_entropy", "triton", **SERVES)
+def cross_entropy_triton(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
+    """As `cross_entropy_chunked`, without a copy of the logits in fp32. A target beyond the vocabulary gives NaN."""
+    return in_chunks(hidden, weight, targets, chunk, _losses)
+
+
+def _losses(logits: Tensor, target: Tensor, high: torch.dtype, slope: bool) -> tuple[Tensor, Tensor | None]:
+    return triton_pointwise.softmax_losses(logits, target, slope=slope), logits if slope else None
+
+
+@register("permute", "triton", **SERVES)
+def permute_triton(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `permute_reference`; its gradient is one pass over the copies."""
+    order, counts = sort_by_expert(ids, experts)
+    return triton_pointwise.permute(x, order, inverse(order).view(ids.shape)), order, counts
+
+
+@register("unpermute", "triton", **SERVES)
+def unpermute_triton(rows: Tensor, order: Tensor, probs: Tensor) -> Tensor:
+    """As `unpermute_reference`, without the rows in the tokens' order; rows themselves are kept for the backward pass."""
+    return triton_pointwise.unpermute(rows, inverse(order).view(probs.shape), probs)

@@ -1,4 +1,5 @@
-"""A short training run with each attention that this machine can run, against the run with the formula in float64."""
+"""A short training run with each attention that this machine can run, and with the other ops in Triton, against the run with the formulas
+in float64."""
 
 from functools import cache
 
@@ -30,6 +31,7 @@ RUN = {"model": MODEL, "train": {"steps": STEPS, "seq_len": LENGTH, "global_batc
 BOUNDS = {"fp64": 1e-12, "fp32": 1e-6, "bf16": 1e-2}
 """Largest difference of a step's loss, relative to it; in bf16 of the whole model's rounding, 2.5e-3 to 4.9e-3 with those of PyTorch."""
 
+OTHERS = ("rms_norm", "rope", "swiglu", "cross_entropy")
 CPU = [entry for entry in implementations("attention") if "cpu" in entry.devices]
 
 
@@ -53,11 +55,11 @@ class Packed:
 
 
 @cache
-def losses(name: str, dtype: str) -> list[float]:
-    """Loss of each step with an implementation of attention; all else is the same."""
+def losses(name: str, dtype: str, others: str = "reference") -> list[float]:
+    """Loss of each step with an implementation of attention, and one of the ops in OTHERS; all else is the same."""
     cfg = RunConfig.model_validate(RUN | {"precision": "fp64" if dtype == "fp64" else {"compute": dtype}})
     device, mesh = select("cpu"), world.start(cfg.parallel, device=select("cpu"))
-    ops = resolve({"attention": name, "rms_norm": "reference", "swiglu": "reference"}, facts(dtype))
+    ops = resolve({"attention": name} | dict.fromkeys(OTHERS, others), facts(dtype))
     assert ops.choices["attention"].name == name
     engine, plan, found = build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=ops), StepPlan.from_config(cfg), []
     for index in range(STEPS):
@@ -83,6 +85,14 @@ def test_training_goes_the_same_way(entry, dtype):
     assert exact[-1] < exact[0] - 0.1
     difference = max(abs(a - b) / b for a, b in zip(ours, exact))
     assert difference <= BOUNDS[dtype], f"{difference:.1e} above {BOUNDS[dtype]:.0e}"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_with_the_other_ops_in_triton_goes_the_same_way(dtype):
+    if reason := next(entry for entry in implementations("cross_entropy") if entry.name == "triton").refusal(facts(dtype)):
+        pytest.skip(f"triton {reason}")
+    ours = losses("reference", dtype, "triton")
+    assert max(abs(a - b) / b for a, b in zip(ours, losses("reference", "fp64"))) <= BOUNDS[dtype]
 
 
 def test_a_wrong_mask_goes_another_way():

@@ -1,4 +1,4 @@
-"""Flash attention in Triton, compiled for GPUs that are not there. What was found is recorded here; no GPU has run it."""
+"""The kernels in Triton, compiled for GPUs that are not there. What was found is recorded here; no GPU has run them."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
-SCRIPT = Path(__file__).parent / "support/compile_cuda.py"
+SUPPORT = Path(__file__).parent / "support"
 SHARED = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that a block may have (CUDA programming guide, table of compute capabilities)."""
 
@@ -21,7 +21,7 @@ SPILLED = {(90, "backward_kv", 192): 12}
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_shipped_tiles_use_tensor_cores_and_spill_nothing(capability):
-    run = subprocess.run([sys.executable, SCRIPT, str(capability), "bf16"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, SUPPORT / "compile_cuda.py", str(capability), "bf16"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     results = json.loads(run.stdout)
     assert len(results) == 9
@@ -30,3 +30,13 @@ def test_shipped_tiles_use_tensor_cores_and_spill_nothing(capability):
         assert any(name.startswith(PRODUCTS[capability]) for name in found["products"]), found
         assert found["shared"] <= SHARED[capability], found
         assert found["spilled"] <= SPILLED.get((capability, found["kernel"], found["d"]), 0), found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_that_memory_bounds_spill_nothing(capability):
+    run = subprocess.run([sys.executable, SUPPORT / "compile_pointwise.py", str(capability)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    results = json.loads(run.stdout)
+    assert len(results) == 8 and {found["spilled"] for found in results.values()} == {0}, results
+    # Beside 64 registers a thread, 1,024 threads fit a multiprocessor, half of what it takes.
+    assert {name for name, found in results.items() if found["registers"] > 64} == {"rms_norm_backward"}, results

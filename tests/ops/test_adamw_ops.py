@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llmtrain.ops import implementations
 
-ADAMW = [pytest.param(entry.function, id=entry.name) for entry in implementations("adamw")]
+ADAMW = [pytest.param(entry.function, id=entry.name) for entry in implementations("adamw") if "cpu" in entry.devices]
 LR, BETAS, EPS, DECAY = 0.1, (0.9, 0.95), 1e-8, 0.1
 
 

@@ -4,9 +4,10 @@ import importlib.metadata as metadata
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+from llmtrain.packages import places, wrong_apex
 from llmtrain.tools.doctor.machine import Line, Verdict
 
 SHOWN = ("torch", "torch-npu", "triton", "triton-ascend", "numpy", "transformers", "deepspeed", "megatron-core", "flash-attn", "apex")
@@ -50,12 +51,6 @@ def version(name: str, path: Sequence[str]) -> str | None:
     return found[0][0] if found else None
 
 
-def places(module: str, path: Sequence[str]) -> list[ModuleSpec]:
-    """Every place from which `import module` could be served, first the one that is; folders without code count if they are first."""
-    specs = [PathFinder.find_spec(module, [entry or "."]) for entry in dict.fromkeys(path)]
-    return [spec for spec in specs if spec is not None]
-
-
 def lines(path: Sequence[str] | None = None) -> list[Line]:
     """The verdicts."""
     path = sys.path if path is None else path
@@ -64,7 +59,7 @@ def lines(path: Sequence[str] | None = None) -> list[Line]:
     if "torch" not in installed:
         fix = "`pip install torch` (Volta: --index-url https://download.pytorch.org/whl/cu126; CPU alone: .../whl/cpu)"
         found.append(Line("packages", "torch", Verdict.WRONG, "not installed", fix))
-    return found + _copies(installed) + _triton(installed) + _apex(installed, path) + _hidden(installed, path)
+    return found + _copies(installed) + _triton(installed) + _apex(path) + _hidden(installed, path)
 
 
 def _copies(installed: dict[str, list[tuple[str, str]]]) -> list[Line]:
@@ -90,15 +85,10 @@ def _triton(installed: dict[str, list[tuple[str, str]]]) -> list[Line]:
     return [Line("packages", "triton", Verdict.WRONG, text, fix)]
 
 
-def _apex(installed: dict[str, list[tuple[str, str]]], path: Sequence[str]) -> list[Line]:
-    if "apex" not in installed:
-        return []
-    homes = [Path(folder) for spec in places("apex", path) for folder in spec.submodule_search_locations or []]
-    if any((home / part).exists() for home in homes for part in ("amp", "optimizers", "normalization")):
-        return []
-    text = f"apex {installed['apex'][0][0]} is a web toolkit from the package index, not NVIDIA's apex, which is not there"
+def _apex(path: Sequence[str]) -> list[Line]:
+    text = wrong_apex(path)
     fix = "`pip uninstall apex`; llmtrain needs no apex. NVIDIA's is built from its source repository"
-    return [Line("packages", "apex", Verdict.WRONG, text, fix)]
+    return [Line("packages", "apex", Verdict.WRONG, text, fix)] if text else []
 
 
 def _hidden(installed: dict[str, list[tuple[str, str]]], path: Sequence[str]) -> list[Line]:
