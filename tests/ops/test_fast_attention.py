@@ -17,7 +17,8 @@ HOPPER = Call("cuda", torch.bfloat16, capability=(9, 0), head_dim=128)
 @pytest.fixture
 def triton_here(monkeypatch):
     """As if the package were installed and the interpreter off."""
-    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: object())
+    find = available.importlib.util.find_spec
+    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: object() if name == "triton" else find(name))
     monkeypatch.delenv(available.INTERPRETER, raising=False)
 
 
