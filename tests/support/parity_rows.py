@@ -131,8 +131,8 @@ GROUPS = "MoE, full groups"
 NODES, OVERLAP = {"parallel.ep_kind": "hierarchical"}, {"parallel.overlap_micro_batches": True}
 
 ONE = [
-    Row({}, options=FULL, quick="fp64"),
-    Row({}, options=SELECTIVE, quick="fp64"),
+    Row({}, options=FULL, quick="short"),
+    Row({}, options=SELECTIVE, quick="short"),
     Row({}, options={"train.micro_batch": 8}, quick="fp64"),
     Row({}, options=ACCUMULATE),
     Row({}, "MoE", FULL),
@@ -140,10 +140,10 @@ ONE = [
 DATA = [
     Row({"dp_shard": 2}, quick="both"),
     Row({"dp_shard": 2}, options=ACCUMULATE, quick="fp64"),
-    Row({"dp_shard": 2}, options={"train.micro_batch": 4}, quick="fp64"),
-    Row({"dp_shard": 2}, options=FULL, quick="fp64"),
-    Row({"dp_shard": 2}, options=SELECTIVE | ACCUMULATE, quick="fp64"),
-    Row({"dp_shard": 2}, options={"parallel.reshard_after_forward": False}, quick="fp64"),
+    Row({"dp_shard": 2}, options={"train.micro_batch": 4}, quick="short"),
+    Row({"dp_shard": 2}, options=FULL, quick="short"),
+    Row({"dp_shard": 2}, options=SELECTIVE | ACCUMULATE, quick="short"),
+    Row({"dp_shard": 2}, options={"parallel.reshard_after_forward": False}, quick="short"),
     Row({"dp_shard": 2}, "tied", quick="fp64"),
     Row({"dp_shard": 2}, "MHA"),
     Row({"dp_shard": 2}, "GPT"),
@@ -153,9 +153,9 @@ DATA = [
     Row({"dp_replicate": 2}, quick="fp64"),
     Row({"dp_replicate": 2}, "MoE"),
     Row({"dp_shard": 4}, quick="both"),
-    Row({"dp_shard": 4}, options=ACCUMULATE, quick="fp64"),
+    Row({"dp_shard": 4}, options=ACCUMULATE, quick="short"),
     Row({"dp_replicate": 2, "dp_shard": 2}, quick="both"),
-    Row({"dp_replicate": 2, "dp_shard": 2}, "tied", ACCUMULATE | FULL, quick="fp64"),
+    Row({"dp_replicate": 2, "dp_shard": 2}, "tied", ACCUMULATE | FULL, quick="short"),
 ]
 TENSOR = [
     Row({"tp": 2}, quick="both"),
