@@ -128,7 +128,7 @@ def inputs(cfg: RunConfig):
     from llmtrain.train.loop import Inputs
 
     data = cfg.data
-    shared = {"document_mask": data.document_mask, "cache": data.cache}
+    shared = {"document_mask": data.document_mask, "cache": data.cache, "tokenizer": cfg.tokenizer}
 
     def dataset_of(phase: Phase):
         seed = cfg.seed + phase.index
