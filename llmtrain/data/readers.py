@@ -17,8 +17,8 @@ BOM = b"\xef\xbb\xbf"
 class Problems:
     """Bad records: raised at once, or counted with the first few messages kept."""
 
-    def __init__(self, mode: str, *, mend: str = "mend it, or pass --bad skip") -> None:
-        self.mode, self.count, self.messages, self._mend = mode, 0, [], mend
+    def __init__(self, mode: str, *, mend: str = "mend it, or pass --bad skip", kept: int = 3) -> None:
+        self.mode, self.count, self.messages, self._mend, self._kept = mode, 0, [], mend, kept
         self.empty = 0
         """Records without text, which are left out in any case."""
 
@@ -27,7 +27,7 @@ class Problems:
         if self.mode == "fail":
             raise DataError(f"{message}; {self._mend}")
         self.count += 1
-        if len(self.messages) < 3:
+        if len(self.messages) < self._kept:
             self.messages.append(message)
 
 

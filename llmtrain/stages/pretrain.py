@@ -19,7 +19,7 @@ from llmtrain.tools.launch import is_launched
 
 
 def main(argv: list[str], *, verb: str = "train", description: str = "") -> int:
-    """`llmtrain train`, or another verb of a stage that trains: check all that a user can get wrong, then run here or start the local ranks."""
+    """`llmtrain train`, or another stage that trains: check all that a user can get wrong, then run here or start the local ranks."""
     loaded, options = parse_run_arguments(argv, verb=verb, description=description)
     chosen = stage(verb)
     cfg = chosen.settle(loaded.run)

@@ -27,9 +27,11 @@ checkpoint: {every: 0, export: hf}
 TUNE = """
 device: cpu
 model: {pretrained: runs/base/hf}
-data: {train: [{path: facts.jsonl, template: chatml, bad: skip}], validation: [{path: facts.jsonl, template: chatml, bad: skip, name: same}]}
+data:
+  train: [{path: facts.jsonl, template: chatml, bad: skip}]
+  validation: [{path: facts.jsonl, template: chatml, bad: skip, name: same}]
 optim: {lr: 5e-3}
-train: {epochs: 25, seq_len: 32, global_batch: 2, micro_batch: 1, validate_samples: 4}
+train: {epochs: 60, seq_len: 32, global_batch: 2, micro_batch: 1, validate_samples: 4}
 parallel: {dp_shard: 2}
 checkpoint: {every: 0, export: hf}
 """
@@ -119,7 +121,7 @@ def test_length_and_defaults(place, tuned):
 
     steps = len(losses(place / "runs/two"))
     rows = int(re.search(r"count; (\d) rows", tuned).group(1))
-    assert steps == -(-25 * rows // 2)
+    assert steps == -(-60 * rows // 2)
     cfg = yaml.safe_load((place / "runs/two/config.yaml").read_text())
     assert (cfg["train"]["steps"], cfg["train"]["epochs"]) == (steps, None)
     assert (cfg["optim"]["lr"], cfg["optim"]["weight_decay"], cfg["schedule"]["warmup_steps"]) == (5e-3, 0, -(-3 * steps // 100))
@@ -139,9 +141,9 @@ def test_settled_is_the_same_twice(place, monkeypatch):
 
 def test_dry_run_and_what_is_refused(place):
     out = llmtrain(place, "sft", "-c", "tune.yaml", "--dry-run")
-    assert "plan: 50 steps" in out and "one step of a 2-layer miniature" in out
+    assert "plan: 120 steps" in out and "one step of a 2-layer miniature" in out
     assert "data.train has no conversations" in llmtrain(
-        place, "sft", "-c", "tune.yaml", "--data.train", "[]", "--train.steps", "1", code=1
+        place, "sft", "-c", "tune.yaml", "--data.train", "[]", "--train.epochs", "null", "--train.steps", "1", code=1
     )
     said = llmtrain(place, "sft", "-c", "tune.yaml", "--data.train.0.bad", "fail", code=1)
     assert re.search(r"facts.jsonl:3: field 'messages' is not a list of messages; mend it, or set .*bad: skip", said)

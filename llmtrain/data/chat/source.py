@@ -63,7 +63,7 @@ class ConversationSamples:
             f"{self.tokens:,} tokens of which {counted:,} count; {self.samples_per_epoch:,} rows of {self.seq_len}, {filled:.0%} filled"
         ]
         if found.bad:
-            lines.append(f"{self.source.label}: {found.bad:,} bad samples skipped, the first: {'; '.join(found.messages)}")
+            lines.append(f"{self.source.label}: {found.bad:,} bad samples skipped, the first: {'; '.join(found.messages[:3])}")
         if self.too_long:
             did = "shortened" if self.source.too_long == "truncate" else "skipped"
             lines.append(f"{self.source.label}: {self.too_long:,} samples of more than {self.seq_len + 1} tokens {did}")

@@ -19,6 +19,8 @@ from llmtrain.data.inputs import BLOCK, InputFile
 from llmtrain.data.readers import Problems
 from llmtrain.data.tokenizer import Tokenizer, load
 
+KEPT = 10
+"""Messages about bad records that are kept."""
 LOOKED_AT = 20
 """Records by which the schema is recognised."""
 
@@ -107,7 +109,7 @@ def render_record(record: Record, *, schema: str, system: str | None, renderer: 
 
 def _build(source: ConversationSource, files: Sequence[InputFile], renderer: Renderer) -> dict[str, np.ndarray]:
     schema, records = with_schema(source, files)
-    problems = Problems(source.bad, mend="mend it, or set the source's `bad: skip` (--bad skip)")
+    problems = Problems(source.bad, mend="mend it, or set the source's `bad: skip`", kept=KEPT)
     tokens, counts, where = [], [], []
     for record in records:
         try:

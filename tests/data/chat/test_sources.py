@@ -1,6 +1,7 @@
 """Conversation files as a data source: schemas, bad samples, rows, and what a batch of them is."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -268,3 +269,35 @@ def test_packed_conversations_never_see_each_other(talks):
     with pytest.raises(UserError, match="document_mask"):
         RunConfig.load({"data": {"train": [talks], "document_mask": False}})
     assert RunConfig.load({"data": {"train": [{"path": talks, "pack": False}], "document_mask": False}})
+
+
+# --- what people are shown -------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_schema_bad_lines_and_what_counts(tmp_path, folder, capsys):
+    from llmtrain.tools.data import main
+
+    good = [json.dumps({"prompt": f"What is {n} + 5?", "response": f" It is {n + 5}."}) for n in range(9)]
+    (tmp_path / "x.jsonl").write_text("\n".join([*good[:2], "{", *good[2:]]))
+    words = ["inspect", str(tmp_path / "x.jsonl"), "--tokenizer", str(folder), "--template", "plain", "--seq-len", "64", "--documents", "1"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "9 conversations, schema prompt_response, template plain" in out
+    assert "bad: 1 records" in out and "x.jsonl:3: not valid JSON" in out
+    assert "What is 0 + 5?« It is 5.<|im_end|>»" in out and "What is 1" not in out
+    count, total = (int(n) for n in re.search(r"^(\d+) of (\d+) tokens count", out, re.MULTILINE).groups())
+    found = samples(str(tmp_path / "x.jsonl"), folder, tmp_path, bad="skip", seq_len=64)
+    assert (count, total) == (found.conversations.counts.sum(), found.tokens)
+    assert f"packed to 64: {found.samples_per_epoch} rows an epoch" in out and "one a row of 64: 9 rows an epoch" in out
+    assert re.search(r"tokens per conversation: least \d+.*\n +\d+ to \d+ +\d #", out)
+    assert main([*words, "--loss", "all"]) == 0
+    assert "«What is 0 + 5? It is 5.<|im_end|>»" in capsys.readouterr().out
+
+
+def test_what_is_learnt_has_a_colour(tokenizer):
+    from llmtrain.data.chat.inspect import LEARNT, painted
+    from llmtrain.data.chat.render import Renderer
+    from llmtrain.data.chat.template import find_template
+
+    text = painted(Renderer(find_template("chatml", tokenizer), tokenizer)(QA))
+    assert [text.plain[span.start : span.end] for span in text.spans if span.style == LEARNT] == ["«a<|im_end|>»"]
