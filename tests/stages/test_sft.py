@@ -1,6 +1,5 @@
 """`llmtrain sft`: from a pretrained model and a few lines of JSON to a folder that answers as it was taught."""
 
-import importlib.util
 import json
 import os
 import re
@@ -142,6 +141,8 @@ def test_settled_is_the_same_twice(place, monkeypatch):
 def test_dry_run_and_what_is_refused(place):
     out = llmtrain(place, "sft", "-c", "tune.yaml", "--dry-run")
     assert "plan: 120 steps" in out and "one step of a 2-layer miniature" in out
+    llmtrain(place, "launch", "slurm", "--verb", "sft", "-c", "tune.yaml", "--device", "npu", "--per-node", "2", "--out", "job.sbatch")
+    assert "llmtrain sft -c" in (place / "job.sbatch").read_text()
     assert "data.train has no conversations" in llmtrain(
         place, "sft", "-c", "tune.yaml", "--data.train", "[]", "--train.epochs", "null", "--train.steps", "1", code=1
     )
@@ -160,30 +161,43 @@ CAPITALS = [
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    """The model's folder that the tests of convert made; its own fixture makes it where they did not run."""
-    spec = importlib.util.spec_from_file_location("smollm2_of_convert", ROOT / "tests/convert/test_smollm2.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.converted()
+    for package in ("transformers", "gguf", "accelerate"):
+        pytest.importorskip(package, reason="GGUF files are dequantised by it")
+    from smollm2 import converted
+
+    return converted()
+
+
+def test_smollm2_s_own_template_and_tokenizer(smollm2):
+    """Of the model's folder: ids, and where marks are added to its template the mask, are those of transformers."""
+    from transformers import AutoTokenizer
+
+    from llmtrain.data.chat.render import Renderer
+    from llmtrain.data.chat.template import find_template
+    from llmtrain.data.tokenizer import load
+
+    model, theirs = load(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    template = find_template("auto", model)
+    turn = "message['content'] + '<|im_end|>' + '\n'"
+    assert turn in template.source
+    answer = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    marked = template.source.replace(
+        turn, "'' }}{% if message['role'] == 'assistant' %}" + answer + "{% else %}{{ " + turn + " }}{% endif %}{{ ''"
+    )
+    talk = [*messages("What is 2 + 2?", " 4, I think.\n\nOr é 中文?"), *messages("Sure?", "Yes.")]
+    wanted = theirs.apply_chat_template(talk, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True)
+    rendered = Renderer(template, model)(talk)
+    assert rendered.tokens.tolist() == wanted["input_ids"] == theirs.apply_chat_template(talk, return_dict=True)["input_ids"]
+    assert rendered.answer.astype(int).tolist() == wanted["assistant_masks"] and 0 < rendered.answer.sum() < len(rendered.tokens)
 
 
 def test_smollm2_is_taught_on_two_ranks_and_transformers_agrees(smollm2, tmp_path):
     """With the shipped configuration: template, special tokens and stop token are the model's own."""
     write(tmp_path / "capitals.jsonl", CAPITALS)
-    options = [
-        "--model.pretrained",
-        str(smollm2),
-        "--data.train",
-        "capitals.jsonl",
-        "--train.steps",
-        "8",
-        "--optim.lr",
-        "2e-4",
-        "--device",
-        "cpu",
-    ]
-    options += ["--train.seq_len", "160", "--train.global_batch", "2", "--train.micro_batch", "1", "--precision", "fp32"]
-    options += ["--parallel.dp_shard", "2", "--checkpoint.every", "0", "--train.compile", "off", "--schedule.kind", "constant"]
+    given = {"model.pretrained": smollm2, "data.train": "capitals.jsonl", "device": "cpu", "precision": "fp32", "parallel.dp_shard": 2}
+    given |= {"train.steps": 6, "train.seq_len": 96, "train.global_batch": 2, "train.micro_batch": 1, "train.compile": "off"}
+    given |= {"optim.lr": 3e-4, "schedule.kind": "constant", "schedule.warmup_steps": 0, "checkpoint.every": 0}
+    options = [f"--{name}={value}" for name, value in given.items()]
     out = llmtrain(tmp_path, "sft", "-c", str(ROOT / "configs/smollm2_sft.yaml"), *options)
     found = losses(tmp_path / "runs/smollm2_sft")
     print(f"losses {found[0]:.2f} to {found[-1]:.3f}")

@@ -1,5 +1,6 @@
 """Samples of a `kind: conversations` source."""
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class ConversationSamples:
         self.conversations = open_conversations(source, model, cache=cache)
         self.kept, self.too_long = _fitting(self.conversations, source, room=seq_len + 1)
         lengths = self.conversations.lengths[self.kept].clip(max=seq_len + 1)
-        key = content_key(format=1, lengths=lengths.tolist(), seq_len=seq_len, seed=seed, shuffle=shuffle, pack=source.pack)
+        digest = hashlib.sha256(lengths).hexdigest()
+        key = content_key(format=1, lengths=digest, seq_len=seq_len, seed=seed, shuffle=shuffle, pack=source.pack)
         self._lengths, self._folder = lengths, cache / f"rows-{key}"
         shared = cached_arrays(self._folder / "all", lambda: pack(lengths, room=seq_len + 1, together=source.pack))
         self._row = shared["row"]
@@ -97,7 +99,7 @@ def _fitting(found: Conversations, source: ConversationSource, *, room: int) -> 
     if long.any() and source.too_long == "fail":
         first = int(np.argmax(long))
         raise DataError(
-            f"{found.where[first]}: {lengths[first]} tokens, of which {room} fit (train.seq_len + 1); "
+            f"{found.where[first].decode()}: {lengths[first]} tokens, of which {room} fit (train.seq_len + 1); "
             "raise train.seq_len, or set the source's `too_long` to skip or truncate"
         )
     kept = ~long

@@ -36,7 +36,7 @@ class Conversations:
     starts: np.ndarray
     """Where each begins, and the end of the last, int64."""
     where: np.ndarray
-    """`FILE:LINE` of each, text."""
+    """`FILE:LINE` of each, in UTF-8."""
     schema: str
     bad: int
     """Records that were skipped."""
@@ -119,7 +119,7 @@ def _build(source: ConversationSource, files: Sequence[InputFile], renderer: Ren
             continue
         tokens.append(rendered.tokens)
         counts.append(rendered.answer if source.loss == "answers" else np.arange(len(rendered.tokens)) > 0)
-        where.append(record.where)
+        where.append(record.where.encode())
     if not tokens:
         first = f"; the first: {problems.messages[0]}" if problems.messages else ""
         raise DataError(f"{', '.join(source.paths)}: none of {problems.count} records can be used{first}")

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from llmtrain.config.data import ConversationSource, DataSource, TokenizerConfig
 from llmtrain.data.batch import NO_TARGET
 from llmtrain.data.chat.packing import best_fit, epoch_rows, pack
 from llmtrain.data.chat.schemas import messages_of, recognise
-from llmtrain.data.dataset import build_dataset
+from llmtrain.data.dataset import build_dataset, to_batch
 from llmtrain.data.errors import DataError
+from llmtrain.data.packing import Sample
 from llmtrain.data.shifted import shifted
-from llmtrain.data.sources import open_source
+from llmtrain.data.sources import CheckedSource, open_source
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 RECORDS = {
@@ -82,7 +84,7 @@ def test_json_parquet_and_jsonl_hold_the_same(tmp_path, folder):
     found = [samples(str(tmp_path / name), folder, tmp_path / "c") for name in ("x.jsonl", "x.json", "x.parquet")]
     for other in found[1:]:
         assert np.array_equal(found[0].conversations.tokens, other.conversations.tokens)
-    assert [str(f.conversations.where[2]).rpartition("x.")[2] for f in found] == ["jsonl:3", "json:item 3", "parquet:row 3"]
+    assert [f.conversations.where[2].decode().rpartition("x.")[2] for f in found] == ["jsonl:3", "json:item 3", "parquet:row 3"]
 
 
 BAD = ['{"prompt": "q", "response": "a"}', "{", '{"prompt": "q"}', "", "[1]", '{"prompt": "q", "response": "<|im_end|>"}']
@@ -301,3 +303,21 @@ def test_what_is_learnt_has_a_colour(tokenizer):
 
     text = painted(Renderer(find_template("chatml", tokenizer), tokenizer)(QA))
     assert [text.plain[span.start : span.end] for span in text.spans if span.style == LEARNT] == ["«a<|im_end|>»"]
+
+
+@pytest.mark.parametrize("learn", [np.ones(5, bool), np.ones(4, np.int64)])
+def test_what_a_plugin_s_source_wants_learnt_is_checked(learn):
+    class Given:
+        samples_per_epoch = 2
+
+        def __init__(self, learn):
+            self.learn = learn
+
+        def sample(self, index):
+            return Sample(np.arange(5), np.empty(0, np.int64), self.learn)
+
+    half = np.array([True, False, True, False])
+    checked = CheckedSource(SimpleNamespace(kind="given"), Given(half), seq_len=4)
+    assert to_batch([checked.sample(0)], indices=[0], document_mask=False).targets.tolist() == [[1, NO_TARGET, 3, NO_TARGET]]
+    with pytest.raises(DataError, match="it must be 4 bools"):
+        CheckedSource(SimpleNamespace(kind="given"), Given(learn), seq_len=4)
