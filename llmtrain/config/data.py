@@ -1,5 +1,6 @@
 """What a run reads."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -86,7 +87,7 @@ class ConversationSource(Source):
 
 
 FileSource = Annotated[DataSource | ConversationSource, Field(discriminator="kind")]
-RECORDS = (".jsonl", ".ndjson", ".json", ".parquet")
+RECORDS = re.compile(r"\.(jsonl|ndjson|json|parquet)(\.(gz|bz2|xz|zst))?$")
 """Suffixes by which a bare path is known to hold conversations."""
 
 
@@ -124,4 +125,4 @@ class DataConfig(Section):
 
 def _kind(path: Any) -> str:
     first = path[0] if isinstance(path, list) and path else path
-    return "conversations" if str(first).endswith(RECORDS) else "tokens"
+    return "conversations" if RECORDS.search(str(first)) else "tokens"

@@ -221,7 +221,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     """Print what a pair, or a file of conversations, holds."""
     from llmtrain.config.data import RECORDS
 
-    if options.prefix.endswith(RECORDS):
+    if RECORDS.search(options.prefix):
         return _inspect_conversations(options)
     from llmtrain.data.inspect import describe, documents, packed
     from llmtrain.data.tokenizer import load

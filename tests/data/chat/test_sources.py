@@ -1,5 +1,6 @@
 """Conversation files as a data source: schemas, bad samples, rows, and what a batch of them is."""
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config.data import ConversationSource, DataSource, TokenizerConfig
+from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET
 from llmtrain.data.chat.packing import best_fit, epoch_rows, pack
 from llmtrain.data.chat.schemas import messages_of, recognise
@@ -81,10 +83,19 @@ def test_json_parquet_and_jsonl_hold_the_same(tmp_path, folder):
     write(tmp_path / "x.jsonl", records)
     (tmp_path / "x.json").write_text(json.dumps({"version": 1, "data": records}))
     parquet.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
-    found = [samples(str(tmp_path / name), folder, tmp_path / "c") for name in ("x.jsonl", "x.json", "x.parquet")]
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress((tmp_path / "x.json").read_bytes()))
+    names = ("x.jsonl", "x.json", "x.parquet", "x.json.gz")
+    kinds = {source.kind for source in RunConfig.load({"data": {"train": list(names)}}).data.train}
+    found = [samples(str(tmp_path / name), folder, tmp_path / "c") for name in names]
+    assert kinds == {"conversations"}
     for other in found[1:]:
         assert np.array_equal(found[0].conversations.tokens, other.conversations.tokens)
-    assert [f.conversations.where[2].decode().rpartition("x.")[2] for f in found] == ["jsonl:3", "json:item 3", "parquet:row 3"]
+    assert [f.conversations.where[2].decode().rpartition("x.")[2] for f in found] == [
+        "jsonl:3",
+        "json:item 3",
+        "parquet:row 3",
+        "json.gz:item 3",
+    ]
 
 
 BAD = ['{"prompt": "q", "response": "a"}', "{", '{"prompt": "q"}', "", "[1]", '{"prompt": "q", "response": "<|im_end|>"}']
@@ -265,7 +276,6 @@ def test_it_blends_with_tokens(talks, folder, tokenizer, tmp_path):
 
 
 def test_packed_conversations_never_see_each_other(talks):
-    from llmtrain.config.run import RunConfig
     from llmtrain.errors import UserError
 
     with pytest.raises(UserError, match="document_mask"):
