@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from chat_tokenizer import byte_level
 
+from llmtrain.cli import main
 from llmtrain.data.chat.template import CHATML
 
 ROOT = Path(__file__).parents[2]
@@ -46,21 +47,22 @@ def write(path: Path, facts) -> None:
     path.write_text("".join(json.dumps({"messages": messages(*fact)}) + "\n" for fact in facts))
 
 
-def llmtrain(place: Path, *words: str, code: int = 0) -> str:
-    """What `llmtrain WORDS` prints in `place`; it must end with `code`."""
+def llmtrain(place: Path, *words: str) -> str:
+    """What `llmtrain WORDS` prints in `place`, in processes of its own."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "llmtrain", *words]
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def answers(place: Path, folder: str, questions, *, tokens: int = 12) -> list[str]:
     """Greedy answers of `llmtrain generate --chat`."""
     words = [word for question in questions for word in ("-p", question)]
-    llmtrain(place, "generate", folder, "--chat", "--greedy", "--max-new", str(tokens), "--out", "out.jsonl", *words)
-    return [json.loads(line)["text"] for line in (place / "out.jsonl").read_text().splitlines()]
+    out = place / "out.jsonl"
+    assert main(["generate", str(place / folder), "--chat", "--greedy", "--max-new", str(tokens), "--out", str(out), *words]) == 0
+    return [json.loads(line)["text"] for line in out.read_text().splitlines()]
 
 
 def answers_of_transformers(folder: Path, questions, *, tokens: int = 12) -> list[str]:
@@ -138,15 +140,18 @@ def test_settled_is_the_same_twice(place, monkeypatch):
     assert (plain.optim.lr, plain.optim.weight_decay, plain.schedule.warmup_steps) == (2e-5, 0, 3)
 
 
-def test_dry_run_and_what_is_refused(place):
-    out = llmtrain(place, "sft", "-c", "tune.yaml", "--dry-run")
+def test_dry_run_and_what_is_refused(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["sft", "-c", "tune.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
     assert "plan: 120 steps" in out and "one step of a 2-layer miniature" in out
-    llmtrain(place, "launch", "slurm", "--verb", "sft", "-c", "tune.yaml", "--device", "npu", "--per-node", "2", "--out", "job.sbatch")
+    job = ["--device", "npu", "--per-node", "2", "--out", "job.sbatch"]
+    assert main(["launch", "slurm", "--verb", "sft", "-c", "tune.yaml", *job]) == 0
     assert "llmtrain sft -c" in (place / "job.sbatch").read_text()
-    assert "data.train has no conversations" in llmtrain(
-        place, "sft", "-c", "tune.yaml", "--data.train", "[]", "--train.epochs", "null", "--train.steps", "1", code=1
-    )
-    said = llmtrain(place, "sft", "-c", "tune.yaml", "--data.train.0.bad", "fail", code=1)
+    assert main(["sft", "-c", "tune.yaml", "--data.train", "[]", "--train.epochs", "null", "--train.steps", "1"]) == 1
+    assert "data.train has no conversations" in capsys.readouterr().err
+    assert main(["sft", "-c", "tune.yaml", "--data.train.0.bad", "fail"]) == 1
+    said = capsys.readouterr().err
     assert re.search(r"facts.jsonl:3: field 'messages' is not a list of messages; mend it, or set .*bad: skip", said)
 
 
