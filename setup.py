@@ -36,6 +36,7 @@ setup(
         "rich",
         "psutil",
         "fsspec",
+        "jinja2",
     ],
     extras_require={
         "npu": ["torch-npu"],

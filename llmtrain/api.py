@@ -67,7 +67,7 @@ def run(cfg: "RunConfig", *, stage: str = "train") -> RunResult:
     A mesh of one rank runs in this process; more ranks are started as processes of this machine, whose rank 0 writes to this process's
     stdout. Under torchrun or srun this process is a rank. What can be known to be wrong is raised before anything starts.
 
-    stage: `train`, or a stage that a plugin registered.
+    stage: `train`, `sft`, or a stage that a plugin registered.
 
     Raises:
         UserError: a wrong configuration, missing data, an unknown stage; ranks asked for outside of the main thread.
@@ -78,6 +78,7 @@ def run(cfg: "RunConfig", *, stage: str = "train") -> RunResult:
     if stage not in registry.stages():
         raise UserError(f"stage {stage!r} is not known; allowed: {', '.join(registry.stages())} (a plugin may add one)")
     chosen, folder = registry.stage(stage), Path(cfg.output) / cfg.name
+    cfg = chosen.settle(cfg)
     if is_launched():
         return RunResult(chosen.run(cfg), folder)
     ranks = registry.prepare(chosen, cfg)

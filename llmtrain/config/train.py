@@ -89,9 +89,11 @@ class TrainConfig(Section):
     """Length and batch of the run."""
 
     steps: PositiveInt | None = None
-    """Optimizer steps; give this, tokens or phases."""
+    """Optimizer steps; give this, tokens, epochs or phases."""
     tokens: PositiveInt | None = None
     """Length in tokens, rounded up to whole steps."""
+    epochs: PositiveFloat | None = None
+    """Length in passes over data.train, each of its sources once, rounded up to whole steps."""
     phases: list[PhaseConfig] = []
     """Phases in order; each may change sequence length, batch, RoPE base, schedule and mix."""
     seq_len: PositiveInt = 1024
@@ -126,9 +128,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
-        given = [n for n in ("steps", "tokens") if getattr(self, n) is not None] + ["phases"] * bool(self.phases)
+        given = [n for n in ("steps", "tokens", "epochs") if getattr(self, n) is not None] + ["phases"] * bool(self.phases)
         if len(given) > 1:
-            raise ValueError(f"give one of steps, tokens and phases, not {' and '.join(given)}; null (for phases []) takes a value back")
+            raise ValueError(
+                f"give one of steps, tokens, epochs and phases, not {' and '.join(given)}; null (for phases []) takes a value back"
+            )
         return self
 
 

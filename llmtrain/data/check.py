@@ -110,7 +110,7 @@ def _demands(cfg: RunConfig) -> Sequence[tuple[str, int, dict[str, float] | None
 
 def _enough(cfg: RunConfig, source: Source, checked: CheckedSource, *, seq_len: int, option: str) -> None:
     if not isinstance(source, DataSource):
-        _open_plugin(cfg, source, checked, seq_len=seq_len)
+        _try_samples(cfg, source, checked, seq_len=seq_len)
     elif checked.tokens < seq_len + 1:
         raise DataError(
             f"{checked.where}: {checked.name} has {checked.tokens} tokens, fewer than one sample of {seq_len} + 1; "
@@ -118,14 +118,15 @@ def _enough(cfg: RunConfig, source: Source, checked: CheckedSource, *, seq_len: 
         )
 
 
-def _open_plugin(cfg: RunConfig, source: Source, checked: CheckedSource, *, seq_len: int) -> None:
-    """Open a plugin's source as the run will, and look at a few of its samples."""
+def _try_samples(cfg: RunConfig, source: Source, checked: CheckedSource, *, seq_len: int) -> None:
+    """Open a source of conversations, or a plugin's, as the run will, and look at a few of its samples."""
     from llmtrain.data.dataset import cache_folder
     from llmtrain.data.sources import open_source
 
     try:
         cache = cache_folder(cfg.data.train, cfg.data.cache)
-        samples = open_source(source, seq_len=seq_len, seed=cfg.seed, shuffle=cfg.data.shuffle, cache=cache)
+        options = {"seq_len": seq_len, "seed": cfg.seed, "shuffle": cfg.data.shuffle, "cache": cache, "tokenizer": cfg.tokenizer}
+        samples = open_source(source, **options)
         vocab_size, _ = _vocabulary(cfg)
         for index in (0, samples.samples_per_epoch // 2, samples.samples_per_epoch - 1):
             if (largest := int(samples.sample(index).tokens.max())) >= vocab_size:

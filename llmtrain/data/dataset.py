@@ -1,5 +1,6 @@
 """What a run trains on: several packed sources, blended; sample i is the same whatever the mesh, the engine or the moment of resuming."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmtrain.config.data import DataSource, Source
+from llmtrain.config.data import ConversationSource, DataSource, Source, TokenizerConfig
 from llmtrain.data.batch import NO_TARGET, Batch
 from llmtrain.data.blend import Blend
+from llmtrain.data.chat.source import ConversationSamples
 from llmtrain.data.errors import DataError
 from llmtrain.data.packing import PackedSource, Sample
-from llmtrain.data.sources import CheckedSource, open_source
+from llmtrain.data.sources import AnySource, open_source
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class SourceUse:
     samples_per_epoch: int
     documents: int | None
     tokens: int
-    """Size of the source; the documents of a plugin's source are not known."""
+    """Size of the source; the documents of a plugin's source are not known, nor its tokens but for those of an epoch's samples."""
 
     @property
     def epochs(self) -> float:
@@ -38,9 +40,7 @@ class SourceUse:
 class Dataset:
     """`samples` samples of S tokens from blended sources; made by `build_dataset`."""
 
-    def __init__(
-        self, names: list[str], sources: list[PackedSource | CheckedSource], blend: Blend, *, samples: int, document_mask: bool
-    ) -> None:
+    def __init__(self, names: list[str], sources: list[AnySource], blend: Blend, *, samples: int, document_mask: bool) -> None:
         self._names, self._sources, self._blend = names, sources, blend
         self._samples, self._document_mask = samples, document_mask
         self.seq_len = sources[0].seq_len
@@ -57,6 +57,11 @@ class Dataset:
             for name, source, share, count in zip(self._names, self._sources, self._blend.shares, counts)
         ]
 
+    @property
+    def notes(self) -> list[str]:
+        """What sources have to say of what they found."""
+        return [note for source in self._sources for note in getattr(source, "notes", ())]
+
     def batch(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1; any order of calls gives the same samples.
 
@@ -70,9 +75,11 @@ class Dataset:
         return to_batch(samples, indices=range(first, first + count), document_mask=self._document_mask)
 
 
-def _size(source: PackedSource | CheckedSource) -> tuple[int | None, int]:
+def _size(source: AnySource) -> tuple[int | None, int]:
     if isinstance(source, PackedSource):
         return len(source.file), len(source.file.tokens)
+    if isinstance(source, ConversationSamples):
+        return source.documents, source.tokens
     return None, source.samples_per_epoch * source.seq_len
 
 
@@ -80,12 +87,15 @@ def to_batch(samples: Sequence[Sample], *, indices: Sequence[int], document_mask
     """A batch of packed samples.
 
     With `document_mask`, positions restart at each document and the last token of a document has no target (the next token belongs to
-    another one); without it, every token has a target and positions run through the sample.
+    another one); without it, every token has a target and positions run through the sample. What a sample is not to learn has none either.
     """
     rows = np.stack([s.tokens for s in samples])
     tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
     seq_len = tokens.shape[1]
     positions = np.tile(np.arange(seq_len), (len(samples), 1))
+    for row, sample in enumerate(samples):
+        if sample.learn is not None:
+            targets[row, ~sample.learn] = NO_TARGET
     documents = []
     for row, sample in enumerate(samples if document_mask else ()):
         targets[row, sample.borders - 1] = NO_TARGET
@@ -119,8 +129,10 @@ def source_weights(sources: Sequence[Source], weights: Mapping[str, float] | Non
 
 
 def cache_folder(sources: Sequence[Source], cache: str | Path | None) -> Path:
-    """Where the sample index lives: `cache`, or `.cache` beside the first tokenised source; `data/.cache` if there is none."""
-    beside = next((Path(s.path).parent for s in sources if isinstance(s, DataSource)), Path("data"))
+    """Where the sample index lives: `cache`, or `.cache` beside the first source of files; `data/.cache` if there is none."""
+    files = (s.path if isinstance(s, DataSource) else s.paths[0] for s in sources if isinstance(s, DataSource | ConversationSource))
+    local = (Path(path).parent for path in files if "://" not in path and not glob.has_magic(path))
+    beside = next(local, Path("data"))
     return Path(cache) if cache else beside / ".cache"
 
 
@@ -134,6 +146,7 @@ def build_dataset(
     document_mask: bool = True,
     shuffle: bool = True,
     cache: str | Path | None = None,
+    tokenizer: TokenizerConfig | None = None,
 ) -> Dataset:
     """Open the sources, pack and blend them.
 
@@ -146,6 +159,7 @@ def build_dataset(
         document_mask: tokens see their own document only (see `to_batch`).
         shuffle: documents and samples in an order of each epoch; else that of the files.
         cache: folder of the sample index, which the first process builds; `.cache` beside the first source if None.
+        tokenizer: for sources that hold text.
 
     Raises:
         DataError: no source, unknown names, weights all 0, a file missing or damaged, too few tokens for a sample.
@@ -154,7 +168,8 @@ def build_dataset(
         raise DataError("data.train is empty; give at least one source, the prefix of a .bin/.idx pair")
     folder = cache_folder(sources, cache)
     used = [(n, s, w) for n, s, w in zip(source_names(sources), sources, source_weights(sources, weights)) if w]
-    packed = [open_source(s, seq_len=seq_len, seed=seed, shuffle=shuffle, cache=folder) for _, s, _ in used]
+    options = {"seq_len": seq_len, "seed": seed, "shuffle": shuffle, "cache": folder, "tokenizer": tokenizer}
+    packed = [open_source(s, **options) for _, s, _ in used]
     once = [p.samples_per_epoch for p in packed]
     length = sum(once) if samples is None else samples
     shares = once if samples is None else [w for _, _, w in used]  # by size, all sources end together after one pass

@@ -37,14 +37,15 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None) -> list[str]:
         lines.append(f"sound: ids are below the vocabulary's {vocab_size}")
     else:
         lines.append("sound as a file; ids were not checked (pass --tokenizer)")
-    return lines + _histogram(lengths)
+    return lines + histogram(lengths, of="document")
 
 
-def _histogram(lengths: np.ndarray) -> list[str]:
+def histogram(lengths: np.ndarray, *, of: str) -> list[str]:
+    """Tokens per `of` in words, and how many are of which length, by powers of two."""
     if not len(lengths):
         return []
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
-    lines = [f"tokens per document: least {low:,}, median {middle:,}, mean {lengths.mean():,.0f}, most {high:,}"]
+    lines = [f"tokens per {of}: least {low:,}, median {middle:,}, mean {lengths.mean():,.0f}, most {high:,}"]
     powers = np.where(lengths > 0, np.floor(np.log2(np.maximum(lengths, 1))) + 1, 0).astype(int)
     counts = np.bincount(powers)
     for power in range(powers.min(), len(counts)):

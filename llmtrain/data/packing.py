@@ -26,6 +26,8 @@ class Sample:
     """[S + 1] token ids."""
     borders: np.ndarray
     """Indices in 1..S at which another document begins."""
+    learn: np.ndarray | None = None
+    """[S] bool: whether the target at a place, which is the token after it, counts; None means all."""
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:

@@ -17,17 +17,17 @@ BOM = b"\xef\xbb\xbf"
 class Problems:
     """Bad records: raised at once, or counted with the first few messages kept."""
 
-    def __init__(self, mode: str) -> None:
-        self.mode, self.count, self.messages = mode, 0, []
+    def __init__(self, mode: str, *, mend: str = "mend it, or pass --bad skip", kept: int = 3) -> None:
+        self.mode, self.count, self.messages, self._mend, self._kept = mode, 0, [], mend, kept
         self.empty = 0
         """Records without text, which are left out in any case."""
 
     def add(self, message: str) -> None:
         """Raise DataError, or count where bad records are skipped."""
         if self.mode == "fail":
-            raise DataError(f"{message}; mend it, or pass --bad skip")
+            raise DataError(f"{message}; {self._mend}")
         self.count += 1
-        if len(self.messages) < 3:
+        if len(self.messages) < self._kept:
             self.messages.append(message)
 
 

@@ -1,4 +1,4 @@
-"""Kinds of data source: tokenised files, and what plugins bring. What a plugin returns is checked, as all else rests on it."""
+"""Kinds of data source: tokenised files, conversations, and what plugins bring, which is checked, as all else rests on it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmtrain.config.data import DataSource, Source
+from llmtrain.config.data import ConversationSource, DataSource, Source, TokenizerConfig
 from llmtrain.config.extend import register_kind
+from llmtrain.data.chat.source import ConversationSamples
 from llmtrain.data.errors import DataError
 from llmtrain.data.packing import PackedSource, Sample
 
@@ -43,8 +44,10 @@ def register_source(section: type[Source]) -> Callable:
     return decorate
 
 
-def open_source(source: Source, *, seq_len: int, seed: int, shuffle: bool, cache: Path) -> "PackedSource | CheckedSource":
-    """The samples of one source.
+def open_source(
+    source: Source, *, seq_len: int, seed: int, shuffle: bool, cache: Path, tokenizer: TokenizerConfig | None = None
+) -> "AnySource":
+    """The samples of one source. `tokenizer` is for those that hold text.
 
     Raises:
         DataError: it cannot be opened, or a plugin's source does not keep to the interface.
@@ -52,6 +55,8 @@ def open_source(source: Source, *, seq_len: int, seed: int, shuffle: bool, cache
     options = {"seq_len": seq_len, "seed": seed, "shuffle": shuffle, "cache": cache}
     if isinstance(source, DataSource):
         return PackedSource(source.path, **options)
+    if isinstance(source, ConversationSource):
+        return ConversationSamples(source, tokenizer=tokenizer, **options)
     if type(source) not in _OPENERS:
         raise DataError(f"data: a source of kind {source.kind!r} has no @register_source; its plugin is not whole")
     return CheckedSource(source, _OPENERS[type(source)](source, **options), seq_len=seq_len)
@@ -76,7 +81,7 @@ class CheckedSource:
         """Sample `index`, counted through all epochs."""
         given = self._samples.sample(index)
         sample = given if isinstance(given, Sample) else Sample(np.asarray(given), np.empty(0, np.int64))
-        tokens, borders = sample.tokens, np.asarray(sample.borders)
+        tokens, borders, learn = sample.tokens, np.asarray(sample.borders), sample.learn
         if tokens.shape != (self.seq_len + 1,) or not np.issubdtype(tokens.dtype, np.integer):
             found = f"{tokens.dtype} of shape {tokens.shape}"
             raise self._broken(f"sample({index}) is {found}; it must be {self.seq_len + 1} integers, one more than the sequence length")
@@ -84,8 +89,14 @@ class CheckedSource:
             raise self._broken(f"sample({index}) has the token id {tokens.min()}; ids are not negative")
         if borders.size and (borders[0] < 1 or borders[-1] > self.seq_len or (np.diff(borders) <= 0).any()):
             raise self._broken(f"sample({index}) has the borders {borders.tolist()}; they must rise within 1..{self.seq_len}")
-        return Sample(tokens.astype(np.int64, copy=False), borders.astype(np.int64, copy=False))
+        if learn is not None and (learn.shape != (self.seq_len,) or learn.dtype != bool):
+            raise self._broken(f"sample({index}) has learn of {learn.dtype} of shape {learn.shape}; it must be {self.seq_len} bools")
+        return Sample(tokens.astype(np.int64, copy=False), borders.astype(np.int64, copy=False), learn)
 
     def _broken(self, problem: str) -> DataError:
         opener = type(self._samples)
         return DataError(f"data: source of kind {self.kind!r} ({opener.__module__}.{opener.__qualname__}): {problem} (docs/plugins.md)")
+
+
+AnySource = PackedSource | ConversationSamples | CheckedSource
+"""What `open_source` gives."""

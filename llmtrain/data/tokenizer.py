@@ -4,7 +4,7 @@ import hashlib
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from llmtrain.data.errors import DataError
 
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "<|eod|>")
 """Tokens that end a document, by the names that published tokenizers give them; the end-of-sequence token serves where none exists."""
+MARK = re.compile(r"<\|[^|<> ]+\|>")
+"""How symbols of one's own (`data tokenizer --symbol`) are written that serve as special tokens in a sentencepiece model."""
 CHUNK = re.compile(r"(?:[^\n]*\n){1,8}|[^\n]+")
 """Eight lines: long enough for the library's batches, short enough for its merge queue to stay small."""
 
@@ -29,10 +31,16 @@ class Tokenizer(ABC):
     eos_id: int | None
     eod_id: int
     """Ends every document."""
+    special: Mapping[str, int]
+    """Ids of the special tokens by name: what text is not made of, such as the ends of documents and turns."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
+
+    @abstractmethod
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text, such as a chat template makes, in which the names of special tokens stand for these."""
 
     @abstractmethod
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -89,6 +97,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
         named = [i for i in map(self._model.piece_to_id, DOCUMENT_ENDS) if i not in (self._model.unk_id(), -1)]
         self.eod_id = _document_end(path, [*named, self.eos_id])
+        pieces = enumerate(map(self.piece, range(self.vocab_size)))
+        self.special = {name: i for i, name in pieces if self._model.is_control(i) or MARK.fullmatch(name)}
+        self._special = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
         self._lines_apart = self._lines_are_independent()
 
     def _lines_are_independent(self) -> bool:
@@ -99,6 +110,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, out_type=int)
+
+    def encode_marked(self, text: str) -> list[int]:
+        parts = self._special.split(text) if self.special else [text]
+        return [i for part in parts if part for i in ([self.special[part]] if part in self.special else self.encode(part))]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if not texts:
@@ -135,6 +150,7 @@ class HFTokenizer(Tokenizer):
         self._model.no_padding()
         self._model.no_truncation()
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        self.special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         names = self._special_names()
         self.bos_id, self.eos_id = (self._model.token_to_id(names[n]) if n in names else None for n in ("bos_token", "eos_token"))
         ends = [self._model.token_to_id(name) for name in DOCUMENT_ENDS]
@@ -155,6 +171,9 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        return self.encode(text)  # the library finds the names itself
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         parts = [e.ids for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]

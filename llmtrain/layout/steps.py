@@ -108,8 +108,10 @@ class StepPlan:
         """Resolve the phases of `cfg`; a run without phases is one phase. Raises UserError if the run has no length."""
         train, configs = cfg.train, cfg.train.phases
         if not configs:
+            if train.epochs is not None:
+                raise UserError("train.epochs needs the data to become steps, which only a run has; set train.steps")
             if train.steps is None and train.tokens is None:
-                raise UserError("the run has no length: set train.steps, train.tokens or train.phases")
+                raise UserError("the run has no length: set train.steps, train.tokens, train.epochs or train.phases")
             configs = [PhaseConfig(steps=train.steps, tokens=train.tokens)]
         segments: list[Segment] = []
         step = sample = tokens = 0

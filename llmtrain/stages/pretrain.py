@@ -4,6 +4,7 @@ llmtrain train -c configs/quickstart.yaml --train.steps 200
 torchrun --nproc-per-node 8 -m llmtrain train -c configs/llama3_8b.yaml
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,33 @@ from llmtrain.config.run import RunConfig
 from llmtrain.data.check import check_inputs
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.steps import Phase, StepPlan
-from llmtrain.stages.registry import start
+from llmtrain.stages.registry import stage, start
 from llmtrain.tools.launch import is_launched
 
 
-def main(argv: list[str]) -> int:
-    """`llmtrain train`: check everything a user can get wrong, then run here or start the local ranks."""
-    loaded, options = parse_run_arguments(argv)
-    cfg = loaded.run
+def main(argv: list[str], *, verb: str = "train", description: str = "") -> int:
+    """`llmtrain train`, or another stage that trains: check all that a user can get wrong, then run here or start the local ranks."""
+    loaded, options = parse_run_arguments(argv, verb=verb, description=description)
+    chosen = stage(verb)
+    cfg = chosen.settle(loaded.run)
     if options.dry_run:
         from llmtrain.stages.dry_run import dry_run
 
         return dry_run(cfg)
     if is_launched():
-        return run(cfg)
-    ranks = preflight(cfg)
-    return run(cfg) if ranks == 1 else start(cfg, ["train", *argv], ranks)
+        return chosen.run(cfg)
+    ranks = chosen.check(cfg)
+    return chosen.run(cfg) if ranks == 1 else start(cfg, [verb, *argv], ranks)
+
+
+def settled(cfg: RunConfig) -> RunConfig:
+    """`cfg` with train.epochs as steps, which follow from the data. Raises DataError if this cannot be read."""
+    epochs = cfg.train.epochs
+    if epochs is None:
+        return cfg
+    data = training_data(cfg, seq_len=cfg.train.seq_len, samples=None, seed=cfg.seed)
+    steps = max(1, math.ceil(epochs * len(data) / cfg.train.global_batch))
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"steps": steps, "epochs": None})})
 
 
 def preflight(cfg: RunConfig) -> int:
@@ -77,7 +89,8 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
             s.introduce()
         stop.folder = s.folder.path
         data = inputs(cfg)
-        check_sources(cfg, lambda: data.dataset_of(plan.phases[0]), mesh=s.mesh, folder=s.folder.path)
+        for note in check_sources(cfg, lambda: data.dataset_of(plan.phases[0]), mesh=s.mesh, folder=s.folder.path):
+            s.console.message(note)
         engine = s.build_engine(objective or cross_entropy)
         sinks = []
         if s.mesh.rank == 0:
@@ -122,25 +135,30 @@ def with_vocabulary(cfg: RunConfig) -> RunConfig:
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": size})})
 
 
+def training_data(cfg: RunConfig, *, seq_len: int, samples: int | None, seed: int, mix: dict[str, float] | None = None):
+    """data.train as a dataset of `samples` samples, or of one pass if None."""
+    from llmtrain.data.dataset import build_dataset
+
+    data, shared = cfg.data, shared_options(cfg)
+    return build_dataset(data.train, seq_len=seq_len, samples=samples, seed=seed, weights=mix, shuffle=data.shuffle, **shared)
+
+
+def shared_options(cfg: RunConfig) -> dict[str, Any]:
+    """What all datasets of a run are built with."""
+    return {"document_mask": cfg.data.document_mask, "cache": cfg.data.cache, "tokenizer": cfg.tokenizer}
+
+
 def inputs(cfg: RunConfig):
     """The datasets of a run: training by phase, each with its own seed and mix, and validation by source name."""
     from llmtrain.data.dataset import build_dataset
     from llmtrain.train.loop import Inputs
 
-    data = cfg.data
-    shared = {"document_mask": data.document_mask, "cache": data.cache}
-
     def dataset_of(phase: Phase):
-        seed = cfg.seed + phase.index
-        samples = phase.samples
-        return build_dataset(
-            data.train, seq_len=phase.seq_len, samples=samples, seed=seed, weights=phase.mix, shuffle=data.shuffle, **shared
-        )
+        return training_data(cfg, seq_len=phase.seq_len, samples=phase.samples, seed=cfg.seed + phase.index, mix=phase.mix)
 
-    seq_len = cfg.train.seq_len
     validation = {
-        source.label: build_dataset([source], seq_len=seq_len, samples=None, seed=cfg.seed, shuffle=False, **shared)
-        for source in data.validation
+        source.label: build_dataset([source], seq_len=cfg.train.seq_len, samples=None, seed=cfg.seed, shuffle=False, **shared_options(cfg))
+        for source in cfg.data.validation
     }
     return Inputs(dataset_of=dataset_of, validation=validation)
 

@@ -24,10 +24,12 @@ class Stage:
     check: Callable[[RunConfig], object]
     """Called once, before any rank starts; raises UserError or DataError for what can be known to be wrong."""
     help: str = ""
+    settle: Callable[[RunConfig], RunConfig] = lambda cfg: cfg
+    """What the stage makes of the configuration first: its own defaults, and what follows from the data. Twice is as once."""
 
 
-BUILT_IN = {"train": "llmtrain.stages.pretrain"}
-"""Modules of the built-in stages, each with `run` and `preflight`."""
+BUILT_IN = {"train": "llmtrain.stages.pretrain", "sft": "llmtrain.stages.sft"}
+"""Modules of the built-in stages, each with `run`, `preflight` and `settled`."""
 _STAGES: dict[str, Stage] = {}
 
 
@@ -51,7 +53,8 @@ def register_stage(
             raise ValueError(f"stage {name!r} exists already; choose another name")
         if section is not None:
             register_section(name, section)
-        _STAGES[name] = Stage(name, run, check or _built_in("train").check, help)
+        train = _built_in("train")
+        _STAGES[name] = Stage(name, run, check or train.check, help, train.settle)
         return run
 
     return decorate
@@ -71,7 +74,7 @@ def _built_in(name: str) -> Stage:
     def call(function: str) -> Callable:
         return lambda cfg: getattr(importlib.import_module(BUILT_IN[name]), function)(cfg)
 
-    return Stage(name, call("run"), call("preflight"))
+    return Stage(name, call("run"), call("preflight"), settle=call("settled"))
 
 
 def find_verb(name: str, argv: list[str]) -> Callable[[list[str]], int] | None:
@@ -88,13 +91,14 @@ def main(name: str, argv: list[str]) -> int:
     """`llmtrain NAME -c FILE ...`: check, then run here or start the local ranks."""
     chosen = stage(name)
     loaded, options = parse_run_arguments(argv, verb=name, description=chosen.help)
+    cfg = chosen.settle(loaded.run)
     if is_launched():
-        return chosen.run(loaded.run)
-    ranks = prepare(chosen, loaded.run)
+        return chosen.run(cfg)
+    ranks = prepare(chosen, cfg)
     if options.dry_run:
         print(f"{name}: checked, nothing wrong found; {ranks} local rank(s)")
         return 0
-    return chosen.run(loaded.run) if ranks == 1 else start(loaded.run, [name, *argv], ranks)
+    return chosen.run(cfg) if ranks == 1 else start(cfg, [name, *argv], ranks)
 
 
 def prepare(chosen: Stage, cfg: RunConfig) -> int:

@@ -1,4 +1,4 @@
-"""Whether plugins' data sources give every rank, and a resumed run, the same samples: what nothing else could notice."""
+"""Whether conversations and plugins' data sources give every rank, and a resumed run, the same samples: what nothing else could notice."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from llmtrain.parallel.mesh import Mesh
 FILE = "samples.json"
 
 
-def check_sources(cfg: RunConfig, open_dataset: Callable[[], Any], *, mesh: Mesh, folder: Path) -> None:
+def check_sources(cfg: RunConfig, open_dataset: Callable[[], Any], *, mesh: Mesh, folder: Path) -> list[str]:
     """Compare the first phase's first and last sample over ranks, and the first with what the run in `folder` began with.
 
-    All ranks call it. Does nothing, and opens nothing, where all sources are tokenised files.
+    All ranks call it. Does nothing, and opens nothing, where all sources are tokenised files. Returns what the others have to say.
 
     Raises:
         DataError: on every rank, if they differ.
     """
     kinds = {source.kind for source in cfg.data.train if not isinstance(source, DataSource)}
     if not kinds:
-        return
+        return []
     name = "/".join(sorted(kinds))
     rule = "a sample must follow from the source's options, the seed and the index alone (docs/plugins.md)"
     dataset = open_dataset()
@@ -38,6 +38,7 @@ def check_sources(cfg: RunConfig, open_dataset: Callable[[], Any], *, mesh: Mesh
             f"data.train: sources of kind {name} give another first sample than when this run began ({folder / FILE}); {rule}. "
             "If the data was meant to change, set checkpoint.resume: none or choose another name"
         )
+    return dataset.notes
 
 
 def digest(dataset: Any, *indices: int) -> str:

@@ -100,16 +100,22 @@ def _tokenize_words(verbs: argparse._SubParsersAction) -> None:
 
 
 def _inspect_words(verbs: argparse._SubParsersAction) -> None:
-    verb = _verb(
-        verbs, "inspect", run_inspect, "Show a tokenised pair: sizes, lengths, whether it is sound, the first documents, packed samples."
+    text = (
+        "Show a tokenised pair: sizes, lengths, whether it is sound, the first documents, packed samples. Of conversations (.jsonl, .json, "
+        ".parquet): schema, bad records, lengths, which tokens of the first samples count, how rows are filled."
     )
-    verb.add_argument("prefix", help="prefix of a .bin/.idx pair")
-    verb.add_argument("--tokenizer", metavar="PATH", help="to show text and check the ids")
+    verb = _verb(verbs, "inspect", run_inspect, text)
+    verb.add_argument("prefix", help="prefix of a .bin/.idx pair, or a file of conversations")
+    verb.add_argument("--tokenizer", metavar="PATH", help="to show text and check the ids; conversations need it")
     verb.add_argument("--kind", default="auto", choices=("auto", "sentencepiece", "hf"), help="library that reads the tokenizer")
-    verb.add_argument("--documents", type=_count_or_none, default=2, metavar="N", help="documents shown")
+    verb.add_argument("--documents", type=_count_or_none, default=2, metavar="N", help="documents or conversations shown")
     verb.add_argument("--seq-len", type=_count, default=None, metavar="S", help="also show samples packed to this length")
     verb.add_argument("--samples", type=_count, default=2, metavar="N", help="packed samples shown")
     verb.add_argument("--seed", type=int, default=1234, metavar="N", help="their order")
+    verb.add_argument("--template", default="auto", metavar="NAME", help="of conversations: auto, chatml, llama3, plain, or a jinja file")
+    verb.add_argument("--schema", default="auto", metavar="NAME", help="of conversations: auto, or the fields they have (docs/sft.md)")
+    verb.add_argument("--system", metavar="TEXT", help="of conversations: system message of those that have none")
+    verb.add_argument("--loss", default="answers", choices=("answers", "all"), help="of conversations: which tokens count")
 
 
 def _read_options(options: argparse.Namespace):
@@ -212,7 +218,11 @@ def run_tokenize(options: argparse.Namespace) -> int:
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    """Print what a pair holds."""
+    """Print what a pair, or a file of conversations, holds."""
+    from llmtrain.config.data import RECORDS
+
+    if RECORDS.search(options.prefix):
+        return _inspect_conversations(options)
     from llmtrain.data.inspect import describe, documents, packed
     from llmtrain.data.tokenizer import load
 
@@ -221,6 +231,24 @@ def run_inspect(options: argparse.Namespace) -> int:
     _print(documents(options.prefix, tokenizer, count=options.documents))
     if options.seq_len:
         _print(packed(options.prefix, tokenizer, seq_len=options.seq_len, count=options.samples, seed=options.seed))
+    return 0
+
+
+def _inspect_conversations(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from llmtrain.config.load import load as load_config
+    from llmtrain.data.chat.inspect import inspect
+    from llmtrain.data.errors import DataError
+
+    if options.tokenizer is None:
+        raise DataError("conversations are shown as a model sees them; give its --tokenizer")
+    chosen = {name: getattr(options, name) for name in ("template", "schema", "system", "loss")}
+    cfg = load_config({"data": {"train": [{"path": options.prefix, **chosen}]}}, []).run
+    tokenizer = cfg.tokenizer.model_copy(update={"path": options.tokenizer, "kind": options.kind})
+    console = Console(highlight=False, soft_wrap=True)
+    for line in inspect(cfg.data.train[0], tokenizer, samples=options.documents, seq_len=options.seq_len, seed=options.seed):
+        console.print(line, markup=False)
     return 0
 
 

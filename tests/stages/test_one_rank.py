@@ -242,7 +242,7 @@ WRONG = {
     ),
     "experts that are not there": (("--parallel.ep", "2"), "model.ffn.kind dense has none"),
     "deadline": (("--guards.deadline", "2020-01-01T00:00:00"), "guards.deadline 2020-01-01T00:00:00"),
-    "no length": (("--train.steps", "null"), "set train.steps, train.tokens or train.phases"),
+    "no length": (("--train.steps", "null"), "set train.steps, train.tokens, train.epochs or train.phases"),
     "mix of an unknown source": (("--train.steps", "null", "--train.phases", "[{steps: 2, mix: {paly: 1}}]"), "paly"),
     "kernel": (("--parallel.dp_shard", "1", "--kernels.attention", "flsh"), "kernels.attention=flsh: no such implementation"),
     "no such file": (("-c", "nothing.yaml"), "nothing.yaml"),

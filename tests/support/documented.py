@@ -28,7 +28,13 @@ def understand(command: str) -> None:
 def _run(words: list[str]) -> None:
     from llmtrain.config.arguments import parse_run_arguments
 
-    parse_run_arguments(words)
+    model = [
+        "--model.pretrained",
+        "null",
+        "--model.preset",
+        "smollm2_135m",
+    ]  # where a command starts from a folder that it takes to be there
+    parse_run_arguments(words + model * any(word.endswith("smollm2_sft.yaml") for word in words))
 
 
 def _config(words: list[str]) -> None:
@@ -77,6 +83,7 @@ def _plain(module: str, name: str) -> Callable[[list[str]], None]:
 
 PARSERS: dict[str, Callable[[list[str]], None]] = {
     "train": _run,
+    "sft": _run,
     "config": _config,
     "compare": _compare,
     "launch": _launch,

@@ -67,6 +67,30 @@ class Documents:
         return tokens[:-1], targets, positions, tuple(int(n) for n in lengths)
 
 
+def of_conversations(cfg: RunConfig, *, tokenizer: str, cache: str, **options):
+    """A dataset of rows of packed conversations, every third of which is left without any target."""
+    from llmtrain.config.data import ConversationSource, TokenizerConfig
+    from llmtrain.data.dataset import build_dataset
+
+    source = ConversationSource(template="plain", **options)
+    samples = StepPlan.from_config(cfg).phases[0].samples
+    return Emptied(build_dataset([source], seq_len=24, samples=samples, seed=1, cache=cache, tokenizer=TokenizerConfig(path=tokenizer)))
+
+
+class Emptied:
+    """A dataset every third of whose samples has no target."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def batch(self, first: int, count: int) -> Batch:
+        batch = self.dataset.batch(first, count)
+        for row, sample in enumerate(batch.samples):
+            if sample % 3 == 1:
+                batch.targets[row] = NO_TARGET
+        return batch
+
+
 def permuted(sample: int) -> int:
     """Another order of the 8 samples inside each step."""
     return sample // 8 * 8 + (sample * 5 + 3) % 8
@@ -165,19 +189,21 @@ def train(
     fault: str | None = None,
     stop: int | None = None,
     device: str = "cpu",
+    conversations: dict | None = None,
 ) -> dict:
     """On this world's mesh: losses and norms of gradients of every step, or the first `stop`; gradients (whole, by name) and expert ids by
     layer of step 1.
 
     permute: the samples of each step in another order. nudged: seed by which one process's initial weights are moved by a unit of rounding.
-    device: the kind of this rank's device.
+    device: the kind of this rank's device. conversations: options of such a source, `tokenizer` and `cache`, which are read instead.
     """
     torch.set_num_threads(1)
     cfg = RunConfig.model_validate(merge(BASE, changes))
     engine = build_engine(cfg, device)
     if nudged is not None:
         nudge_weights(engine, nudged)
-    plan, data, mesh = StepPlan.from_config(cfg), Documents(permuted if permute else None, whole=whole), engine.mesh
+    plan, mesh = StepPlan.from_config(cfg), engine.mesh
+    data = of_conversations(cfg, **conversations) if conversations else Documents(permuted if permute else None, whole=whole)
     losses, norms, compiling, found = [], [], [], {}
     with FAULTS[fault](engine) if fault else nullcontext():
         for index in range(stop or plan.steps):

@@ -313,22 +313,3 @@ def test_no_token_is_dropped_whatever_the_capacity():
         initialise(model, cfg, 1)
         logits.append(model(torch.arange(40).view(2, 20), mask=Mask())["logits"])
     assert torch.equal(*logits)
-
-
-def test_a_chat_template_is_rendered_in_a_sandbox(tmp_path):
-    from llmtrain.tools.chat import ChatTemplate
-
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
-    with pytest.raises(UserError, match="no chat template"):
-        ChatTemplate(tmp_path)
-    loop = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
-    source = "{{ bos_token }}" + loop + "{% if add_generation_prompt %}[me]{% endif %}"
-    (tmp_path / "chat_template.jinja").write_text(source)
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    assert ChatTemplate(tmp_path).render(messages) == "<s>[system] s</s>\n[user] u</s>\n[me]"
-    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
-    with pytest.raises(UserError, match="no system message"):
-        ChatTemplate(tmp_path).render(messages)
-    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}")
-    with pytest.raises(UserError, match="unsafe"):
-        ChatTemplate(tmp_path).render(messages)

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     if options.device is not None:
         overrides.append(f"--device={options.device}")
     cfg = parse_run_arguments(["-c", options.config, *overrides], verb=options.verb)[0].run
-    job = _job(options, cfg, overrides)
+    job = _job(options, _with_length(cfg, options.verb), overrides)
     check(job)
     out = Path(options.out or f"{job.name}.{SUFFIX[options.kind]}")
     if out.exists() and not options.force:
@@ -48,6 +48,14 @@ def _job(options: argparse.Namespace, cfg: RunConfig, overrides: list[str]) -> J
         interface=options.interface,
         port=options.port,
     )
+
+
+def _with_length(cfg: RunConfig, verb: str) -> RunConfig:
+    """`cfg` with some length where only the run can know it, from its data: nothing in a job file depends on it."""
+    train = cfg.train
+    if train.epochs is None and (verb != "sft" or train.steps or train.tokens or train.phases):
+        return cfg
+    return cfg.model_copy(update={"train": train.model_copy(update={"epochs": None, "steps": 1})})
 
 
 def _device(cfg: RunConfig) -> str:
