@@ -27,7 +27,7 @@ VERBS = {
     "generate": Verb("llmtrain.tools.generate", "continue a prompt with a trained model"),
     "convert": Verb("llmtrain.tools.convert", "read and write Hugging Face folders, read GGUF files; compare with transformers"),
     "eval": Verb("llmtrain.tools.evaluate", "perplexity, needle in a haystack, choice of the RoPE base, lm-eval tasks"),
-    "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokenised files"),
+    "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokenised files; build MetaLadder's problems"),
     "config": Verb("llmtrain.tools.config", "show, compare and explain configurations; list the published models"),
     "kernels": Verb("llmtrain.tools.kernels", "which implementation each op uses on this machine, and why"),
     "compare": Verb("llmtrain.tools.compare.verb", "one step on two devices, kernels or engines, layer by layer: where the numbers part"),

@@ -1,4 +1,4 @@
-"""`llmtrain data`: train a tokenizer, tokenise text, look at what came out."""
+"""`llmtrain data`: train a tokenizer, tokenise text, look at what came out; build MetaLadder's problems."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ SPLIT_HELP = "documents of a text file: file (whole), line, blank (at blank line
 
 
 def main(argv: list[str]) -> int:
-    """Run one of tokenizer, tokenize, inspect; returns the exit code."""
+    """Run one of tokenizer, tokenize, inspect, metaladder; returns the exit code."""
     options = parser().parse_args(argv)
     return options.run(options)
 
@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     _tokenizer_words(verbs)
     _tokenize_words(verbs)
     _inspect_words(verbs)
+    _metaladder_words(verbs)
     return top
 
 
@@ -110,6 +111,12 @@ def _inspect_words(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--seq-len", type=_count, default=None, metavar="S", help="also show samples packed to this length")
     verb.add_argument("--samples", type=_count, default=2, metavar="N", help="packed samples shown")
     verb.add_argument("--seed", type=int, default=1234, metavar="N", help="their order")
+
+
+def _metaladder_words(verbs: argparse._SubParsersAction) -> None:
+    from llmtrain.tools import metaladder_data
+
+    metaladder_data.add_words(_verb(verbs, "metaladder", metaladder_data.run, metaladder_data.ABOUT))
 
 
 def _read_options(options: argparse.Namespace):
