@@ -24,9 +24,10 @@ class Verb:
 
 VERBS = {
     "train": Verb("llmtrain.stages.pretrain", "pretrain a model as a YAML file says"),
+    "metaladder": Verb("llmtrain.stages.metaladder", "train on problems with analogous ones, self-evolve, and check the answers"),
     "generate": Verb("llmtrain.tools.generate", "continue a prompt with a trained model"),
     "convert": Verb("llmtrain.tools.convert", "read and write Hugging Face folders, read GGUF files; compare with transformers"),
-    "eval": Verb("llmtrain.tools.evaluate", "perplexity, needle in a haystack, choice of the RoPE base, lm-eval tasks"),
+    "eval": Verb("llmtrain.tools.evaluate", "perplexity, needle in a haystack, choice of the RoPE base, lm-eval tasks, problems"),
     "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokenised files; build MetaLadder's problems"),
     "config": Verb("llmtrain.tools.config", "show, compare and explain configurations; list the published models"),
     "kernels": Verb("llmtrain.tools.kernels", "which implementation each op uses on this machine, and why"),

@@ -44,9 +44,7 @@ def _teacher_words(group: argparse._ArgumentGroup) -> None:
     add("--workers", type=int, default=4, metavar="N", help="requests at a time")
     add("--temperature", type=float, default=0.7, help="of the teacher")
     add("--max-tokens", type=int, default=1024, metavar="N", help="of an answer")
-    add(
-        "--tries", type=int, default=2, metavar="N", help="answers asked for until one can be used; then the problem is dropped"
-    )
+    add("--tries", type=int, default=2, metavar="N", help="answers asked for until one can be used; then the problem is dropped")
     add("--retries", type=int, default=6, metavar="N", help="tries of one request that is refused (429, 5xx) or lost")
     add("--timeout", type=float, default=120, metavar="S", help="seconds for one answer")
     add("--recheck", action="store_true", help="have similar problems solved again, and keep those with the same answer")

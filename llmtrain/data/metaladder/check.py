@@ -7,6 +7,8 @@ from llmtrain.data.answers import equal, extract, number
 
 NUMBER = r"-?\$?\d[\d,]{0,20}(?:\.\d{1,12})?"
 EQUATION = re.compile(rf"(?<![\d.,/*+-])({NUMBER}(?:\s{{0,2}}[-+*/×÷x]\s{{0,2}}{NUMBER})+)\s{{0,2}}=\s{{0,2}}({NUMBER})(?![\d,.]*[%\d])")
+PART_OF_MORE = re.compile(r"(?:[-+*/×÷^(]|\d\s?x|\sx)\s{0,2}$")
+"""Before an equation's first number: then its left side begins further ahead, with words or brackets in it."""
 TERM = re.compile(rf"([-+*/×÷x])?\s*({NUMBER})")
 TOLERANCE = Fraction(1, 100)
 """Solutions may round to cents."""
@@ -14,7 +16,7 @@ TOLERANCE = Fraction(1, 100)
 
 def equations(text: str) -> list[tuple[str, str]]:
     """Both sides of the equations of plain numbers in a text: ("5 + 3 * 2", "11")."""
-    return [(m[1], m[2]) for m in EQUATION.finditer(text)]
+    return [(m[1], m[2]) for m in EQUATION.finditer(text) if not PART_OF_MORE.search(text[max(0, m.start() - 8) : m.start()])]
 
 
 def fault(solution: str, answer: str) -> str | None:

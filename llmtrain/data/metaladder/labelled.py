@@ -8,7 +8,7 @@ from typing import Any
 
 from llmtrain.data.answers import clean, extract
 from llmtrain.data.errors import DataError
-from llmtrain.data.metaladder.check import equations
+from llmtrain.data.metaladder.check import equations, fault
 from llmtrain.data.metaladder.problem import Problem, read_lines
 
 CALCULATOR = re.compile(r"<<[^<>]{0,200}>>")
@@ -118,7 +118,8 @@ class Gym:
             there = found.get(f"gsm_{template}")
             if there is not None and len(there) < count:
                 problem = _from_gym(items[place], f"gsm_{template}/{len(there)}", f"gsm_{template}")
-                there.setdefault(problem.question, problem)
+                if fault(problem.solution, problem.answer) is None:  # some generators round silently
+                    there.setdefault(problem.question, problem)
         self._index, self._filled = {name: list(there.values()) for name, there in found.items()}, count
 
 

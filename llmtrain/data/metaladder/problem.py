@@ -1,6 +1,7 @@
 """A problem with its worked solution, and one with the analogous problem that belongs to it; both as JSON lines."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_lines(path: str | Path, values: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines aside and rename, so that a file that is there is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with aside.open("w", encoding="utf-8") as file:
         for value in values:
             file.write(json.dumps(value, ensure_ascii=False) + "\n")

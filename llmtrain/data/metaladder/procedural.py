@@ -8,8 +8,8 @@ from llmtrain.data.metaladder.problem import Problem
 from llmtrain.data.metaladder.stories import NAMES, STORIES, Story
 from llmtrain.data.metaladder.structures import STRUCTURES, numbers
 
-PATIENCE = 50
-"""Instances drawn for each one wanted before a template counts as used up."""
+PATIENCE = 500
+"""Instances in a row that were drawn before, after which a template counts as used up."""
 
 
 class Procedural:
@@ -29,10 +29,10 @@ class Procedural:
     def draw(self, template: str, count: int) -> list[Problem]:
         """`count` different instances; the same ones for the same seed. Raises DataError if the numbers allow fewer."""
         story, draw, found = self._stories[template], Random(f"{self._seed}/{template}"), {}
-        for _ in range(count * PATIENCE):
-            if len(found) == count:
-                break
+        misses = 0
+        while len(found) < count and misses < PATIENCE:
             problem = instance(story, draw, largest=self._largest, id=f"{template}/{len(found)}")
+            misses = misses + 1 if problem.question in found else 0
             found.setdefault(problem.question, problem)
         if len(found) < count:
             short = f"template {template} has only some {len(found)} instances with numbers up to {self._largest}, {count} were asked for"

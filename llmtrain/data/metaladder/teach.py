@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from llmtrain.data.answers import equal, extract
@@ -107,12 +107,19 @@ def teach(problems: Sequence[Problem], send: Callable[[dict[str, Any]], str], ca
     """
     teacher, result, before = Teacher(send, cache, lesson), Taught(), cache.hits
 
+    ended = Event()
+
     def one(problem: Problem) -> tuple[Rung | None, str, Counter]:
         refused: Counter = Counter()
+        if ended.is_set():
+            return None, "not asked", refused
         try:
             return teacher.rung(problem, refused), "", refused
         except Malformed as error:
             return None, error.reason, refused
+        except BaseException:
+            ended.set()
+            raise
 
     with ThreadPoolExecutor(lesson.workers) as pool:
         try:
