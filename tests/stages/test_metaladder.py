@@ -191,7 +191,7 @@ def test_equal_tokens(place):
         metaladder.keep_examples(place / f"runs/{name}/round-0.jsonl", list(examples(rungs, "cot")))
     alone = metaladder.round_config(config(place, "plain", metaladder__variant="cot", metaladder__epochs=4), 0, rungs).train.steps
     equal = metaladder.round_config(cfg.model_copy(update={"metaladder": cfg.metaladder.model_copy(update={"epochs": 4.0})}), 0, rungs)
-    assert equal.train.steps == pytest.approx(alone * ratio, abs=1)
+    assert equal.train.steps == pytest.approx(alone * ratio, abs=0.5 * ratio + 0.5), "both are rounded to whole steps"
     fixed = metaladder.round_config(config(place, "plain", metaladder__variant="cot", train__steps=7), 0, rungs)
     assert fixed.train.steps == 7, "a length that is given counts"
 
