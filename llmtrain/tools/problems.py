@@ -122,23 +122,22 @@ class _Asker:
         return Sampling(**values | {"max_new": min(limit, room)})
 
 
-def solution_part(text: str) -> str | None:
+def solution_part(text: str, question: str) -> str | None:
     """The part of a response that solves the original problem; None if it broke off before.
 
-    What stands in a similar problem's solution is no answer, however well it was solved.
+    What stands in a similar problem's solution is no answer, however well it was solved, nor is a number of the restated question.
     """
     _, header, after = text.rpartition(f"{ORIGINAL_SOLUTION}\n")
     if header:
         return after.split(AT_SIMILAR)[0]
-    _, similar, _ = text.partition(SIMILAR)
-    if not similar:
-        return text.rpartition(f"{ORIGINAL}\n")[2] if ORIGINAL in text else text
-    rest = text.partition("Solution to the Similar Problem:\n")[2].partition(SEPARATOR)[2]  # of models that do not restate
-    return rest or None
+    _, restated, after = text.rpartition(f"{ORIGINAL}\n")
+    if restated:  # and solved without the header
+        return after.removeprefix(question).strip() or None if after.startswith(question) else None
+    return None if SIMILAR in text else text
 
 
 def _answered(problem: Problem, text: str, finished: str, tokens: int, seconds: float) -> Answered:
-    part = solution_part(text)
+    part = solution_part(text, problem.question)
     answer = None if part is None else extract(part)
     correct = equal(answer, problem.answer)
     return Answered(problem.id, problem.template, problem.answer, answer, correct, text, finished, tokens, seconds)

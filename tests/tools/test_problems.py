@@ -103,12 +103,18 @@ def test_the_shortcut_restates_in_place_of_the_similar_problem(scripted):
 
 def test_what_a_similar_problem_is_answered_is_no_answer():
     whole = response(LADDER[0], "metaladder")
-    part = problems.solution_part
+
+    def part(text):
+        return problems.solution_part(text, ASKED[0].question)
+
     assert part(whole) == ASKED[0].solution
     assert part(whole.partition("\n\nOriginal Problem:")[0]) is None, "broken off after the analogue's solution"
     assert part(whole.partition("\n\nSolution to the Similar")[0]) is None
     assert part(response(LADDER[0], "post")) == ASKED[0].solution + "\n\nAdd them."
     assert part(ASKED[0].solution) == ASKED[0].solution
+    assert part(whole.partition("\n\nSolution to the Original")[0]) is None, "a number of the question is no answer"
+    assert part(f"Add them.\n\nOriginal Problem:\n{ASKED[0].question}\n2. The answer is 2.") == "2. The answer is 2."
+    assert part("Add them.\n\nOriginal Problem:\nWhat is 7 and") is None
 
 
 def test_stops_limits_and_wrong_answers(scripted):
