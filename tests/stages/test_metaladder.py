@@ -129,6 +129,22 @@ def test_a_run_and_the_same_again(place):
         metaladder.run(config(place, "one", metaladder__variant="cot"))
 
 
+def test_a_model_of_ones_own_as_the_teacher(place):
+    from llmtrain import generate
+    from llmtrain.tools.local_teacher import local_teacher
+
+    cfg = config(place, "teacher", train__steps=1)
+    assert metaladder.run(cfg) == 0
+    folder = place / "runs/teacher/round-0"
+    (place / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")
+    messages = [{"role": "system", "content": "Teach."}, {"role": "user", "content": "What is 1 and 2?"}]
+    answer = local_teacher(str(folder), device="cpu")({"messages": messages, "max_tokens": 6, "temperature": 0.0, "seed": 0})
+    assert answer == generate(folder, "system: Teach.\n\nuser: What is 1 and 2?\n\n", max_new=6, temperature=0.0) and answer
+    long = [{"role": "user", "content": "7 " * 600}]
+    with pytest.raises(UserError, match="is too short for a request of"):
+        local_teacher(str(folder), device="cpu")({"messages": long, "max_tokens": 6, "temperature": 0.0, "seed": 0})
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """Answers without a model: the problem's own solution for even ids, else something wrong; the names of the models asked."""
