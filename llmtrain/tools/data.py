@@ -1,4 +1,4 @@
-"""`llmtrain data`: train a tokenizer, tokenise text, look at what came out."""
+"""`llmtrain data`: train a tokenizer, tokenise text, look at what came out; build MetaLadder's problems."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ SPLIT_HELP = "documents of a text file: file (whole), line, blank (at blank line
 
 
 def main(argv: list[str]) -> int:
-    """Run one of tokenizer, tokenize, inspect; returns the exit code."""
+    """Run one of tokenizer, tokenize, inspect, metaladder; returns the exit code."""
     options = parser().parse_args(argv)
     return options.run(options)
 
@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     _tokenizer_words(verbs)
     _tokenize_words(verbs)
     _inspect_words(verbs)
+    _metaladder_words(verbs)
     return top
 
 
@@ -116,6 +117,12 @@ def _inspect_words(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--schema", default="auto", metavar="NAME", help="of conversations: auto, or the fields they have (docs/sft.md)")
     verb.add_argument("--system", metavar="TEXT", help="of conversations: system message of those that have none")
     verb.add_argument("--loss", default="answers", choices=("answers", "all"), help="of conversations: which tokens count")
+
+
+def _metaladder_words(verbs: argparse._SubParsersAction) -> None:
+    from llmtrain.tools import metaladder_data
+
+    metaladder_data.add_words(_verb(verbs, "metaladder", metaladder_data.run, metaladder_data.ABOUT))
 
 
 def _read_options(options: argparse.Namespace):

@@ -1,4 +1,4 @@
-"""Evaluate a model: perplexity, needle in a haystack, choice of the RoPE base, lm-eval tasks.
+"""Evaluate a model: perplexity, needle in a haystack, choice of the RoPE base, lm-eval tasks, problems with answers.
 
 llmtrain eval runs/quickstart perplexity book.txt
 """
@@ -14,7 +14,7 @@ from llmtrain.tools.shared import add_options, open_shared, shared_mesh, start_r
 
 
 def main(argv: list[str]) -> int:
-    """`llmtrain eval MODEL perplexity|needle|rope-base|tasks ...`: print a table; --out writes JSON."""
+    """`llmtrain eval MODEL perplexity|needle|rope-base|tasks|problems ...`: print a table; --out writes JSON."""
     options = _parse(argv)
     code = start_ranks("eval", argv, options)
     if code is not None:
@@ -74,6 +74,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add.add_argument("--fewshot", type=int, help="examples in the prompt (as the task says)")
     add.add_argument("--batch", type=int, default=8, help="rows at a time (8)")
     add.set_defaults(run=_tasks)
+
+    add = kinds.add_parser("problems", parents=[shared], help="mathematical problems with answers, by template (docs/metaladder.md)")
+    add.add_argument("file", type=Path, help="JSON lines with question, answer and template")
+    add.add_argument("--inference", choices=("plain", "shortcut"), default="plain", help="shortcut leaves the similar problem out (plain)")
+    add.add_argument("--max-new", type=int, default=512, help="tokens of a response at most (512)")
+    add.add_argument("--batch", type=int, default=8, help="problems at a time (8)")
+    add.add_argument("--limit", type=int, help="so many problems, from the first (all)")
+    add.set_defaults(run=_problems)
     return parser.parse_args(argv)
 
 
@@ -128,3 +136,17 @@ def _tasks(options: argparse.Namespace, opened: OpenModel):
         opened, options.tasks, include=options.include, limit=options.limit, fewshot=options.fewshot, batch=options.batch
     )
     return lm_eval_tasks.table(results), results
+
+
+def _problems(options: argparse.Namespace, opened: OpenModel):
+    from llmtrain.data.metaladder.problem import read_problems
+    from llmtrain.tools import problems as p
+
+    if min(options.max_new, options.batch, 1 if options.limit is None else options.limit) < 1:
+        raise UserError(f"--max-new {options.max_new} --batch {options.batch} --limit {options.limit}: all must be at least 1")
+    asked = read_problems(options.file)[: options.limit]
+    if not asked:
+        raise UserError(f"{options.file} holds no problem")
+    answers = p.solve(opened, asked, inference=options.inference, max_new=options.max_new, batch=options.batch)
+    values = {"file": str(options.file), "inference": options.inference} | p.as_json(answers)
+    return p.table(p.scores(answers)), values

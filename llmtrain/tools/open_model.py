@@ -60,7 +60,13 @@ class OpenModel(NamedTuple):
 
 
 def open_model(
-    path: str | Path, *, device: str = "auto", dtype: str = "auto", checkpoint: str = "auto", mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    checkpoint: str = "auto",
+    mesh: Mesh | None = None,
+    local_rank: int = 0,
 ) -> OpenModel:
     """Read a model.
 
@@ -70,6 +76,7 @@ def open_model(
         dtype: `fp64`, `fp32`, `bf16`, `fp16`, or `auto`: as stored, but fp32 for 16-bit weights on the CPU, which computes faster in it.
         checkpoint: of a run folder, the checkpoint's folder; the newest complete one if `auto`.
         mesh: share the model over its axes pp, tp, ep and etp; all ranks call this, and the model, together.
+        local_rank: without a mesh, which of this machine's devices.
 
     Raises:
         UserError: no such folder, no complete checkpoint, weights that do not fit, a model that cannot be read.
@@ -77,7 +84,7 @@ def open_model(
     path = Path(path)
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"--dtype {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
-    place = _place(device, mesh)
+    place = _place(device, mesh, local_rank)
     cfg = history.read_config(path)
     if cfg is not None:
         return _open_run(path, cfg, place, dtype, checkpoint, mesh)
@@ -105,7 +112,10 @@ def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: 
 
     Its RoPE base is that of the phase the checkpoint ends in. Raises CheckpointError if the weights do not fit.
     """
-    place = _place(device, mesh)
+    return _load(cfg, checkpoint, _place(device, mesh), dtype, mesh)
+
+
+def _load(cfg: RunConfig, checkpoint: Path, place: Device, dtype: str, mesh: Mesh | None) -> nn.Module:
     model = empty_model(cfg.model, place, _compute_dtype(torch_dtype(cfg.precision.params), place, dtype), mesh)
     weights = {f"{name}.weight": tensor for name, tensor in weights_of(model).items()}
     metadata = checkpoint_state.read_metadata(checkpoint)
@@ -127,7 +137,7 @@ def _open_run(run: Path, cfg: RunConfig, place: Device, dtype: str, wanted: str,
         every = cfg.checkpoint.every
         raise UserError(f"{run} has no complete checkpoint; give --checkpoint, or train longer than checkpoint.every {every}")
     tokenizer = run_tokenizer(run, cfg)
-    model = load_model(cfg, checkpoint=checkpoint, device=place.kind, dtype=dtype, mesh=mesh)
+    model = _load(cfg, checkpoint, place, dtype, mesh)
     return OpenModel(model, cfg.model, tokenizer, (tokenizer.eod_id,) if tokenizer else ())
 
 
@@ -150,9 +160,9 @@ def _open_hf(folder: Path, place: Device, dtype: str, mesh: Mesh | None) -> Open
     return OpenModel(model, cfg, tokenizer, _stop_ids(folder, tokenizer), _prefix(folder, tokenizer))
 
 
-def _place(device: str, mesh: Mesh | None) -> Device:
+def _place(device: str, mesh: Mesh | None, local_rank: int = 0) -> Device:
     """The rank's own device if several share the model."""
-    return select(device) if mesh is None else mesh.device
+    return select(device, local_rank) if mesh is None else mesh.device
 
 
 def _compute_dtype(stored: torch.dtype, place: Device, wanted: str) -> torch.dtype:

@@ -84,6 +84,7 @@ def _plain(module: str, name: str) -> Callable[[list[str]], None]:
 PARSERS: dict[str, Callable[[list[str]], None]] = {
     "train": _run,
     "sft": _run,
+    "metaladder": _run,
     "config": _config,
     "compare": _compare,
     "launch": _launch,
