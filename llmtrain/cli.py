@@ -24,6 +24,7 @@ class Verb:
 
 VERBS = {
     "train": Verb("llmtrain.stages.pretrain", "pretrain a model as a YAML file says"),
+    "gap": Verb("llmtrain.stages.gap", "Gradient Ascent Post-training: a few steps up the loss of one text, many texts, measured"),
     "generate": Verb("llmtrain.tools.generate", "continue a prompt with a trained model"),
     "convert": Verb("llmtrain.tools.convert", "read and write Hugging Face folders, read GGUF files; compare with transformers"),
     "eval": Verb("llmtrain.tools.evaluate", "perplexity, needle in a haystack, choice of the RoPE base, lm-eval tasks"),

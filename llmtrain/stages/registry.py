@@ -26,7 +26,7 @@ class Stage:
     help: str = ""
 
 
-BUILT_IN = {"train": "llmtrain.stages.pretrain"}
+BUILT_IN = {"train": "llmtrain.stages.pretrain", "gap": "llmtrain.stages.gap"}
 """Modules of the built-in stages, each with `run` and `preflight`."""
 _STAGES: dict[str, Stage] = {}
 
