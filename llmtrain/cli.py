@@ -27,7 +27,7 @@ VERBS = {
     "gap": Verb("llmtrain.stages.gap", "Gradient Ascent Post-training: a few steps up the loss of one text, many texts, measured"),
     "generate": Verb("llmtrain.tools.generate", "continue a prompt with a trained model"),
     "convert": Verb("llmtrain.tools.convert", "read and write Hugging Face folders, read GGUF files; compare with transformers"),
-    "eval": Verb("llmtrain.tools.evaluate", "perplexity, needle in a haystack, choice of the RoPE base, lm-eval tasks"),
+    "eval": Verb("llmtrain.tools.evaluate", "perplexity, dialogue, needle, RoPE base, lm-eval tasks; compare results; error rates"),
     "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokenised files"),
     "config": Verb("llmtrain.tools.config", "show, compare and explain configurations; list the published models"),
     "kernels": Verb("llmtrain.tools.kernels", "which implementation each op uses on this machine, and why"),
