@@ -150,7 +150,7 @@ def _describe(system: object, path: str, options: ReadOptions) -> InputFile:
     form = _format(path) if options.format == "auto" else options.format
     if form is None:
         raise DataError(
-            f"{path}: its suffix does not say what it holds (known: {', '.join(SUFFIXES | TABLES)}); pass --format (text, jsonl, parquet, csv)"
+            f"{path}: its suffix does not say what it holds (known: {', '.join(SUFFIXES | TABLES)}); pass --format, such as text"
         )
     info = system.info(path)
     local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))

@@ -77,7 +77,7 @@ def test_what_is_wrong_is_said_before_any_rank_starts(place):
     def check(**options):
         gap.preflight(RunConfig.model_validate({"device": "cpu"} | settings(place, **options)))
 
-    with pytest.raises(UserError, match="step 9 is beyond train.steps 4"):
+    with pytest.raises(UserError, match=r"step 9 is beyond train\.steps 4"):
         check(evaluate_at=[9])
     with pytest.raises(UserError, match="nothing is measured"):
         check(perplexity={}, dialogue={})

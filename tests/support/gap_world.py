@@ -46,9 +46,7 @@ def sweep_of(folder: str, values: dict, stop: Stop) -> gap.Sweep:
     cfg = gap.recipe(RunConfig.model_validate({"device": "cpu", "precision": "fp64", "model": MODEL | {"vocab_size": 300}} | values))
     device = select("cpu", int(os.environ.get("LOCAL_RANK", 0)))
     mesh = world.start(cfg.parallel, device=device)
-    ops = resolve(
-        cfg.kernels, Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, **SIZES)
-    )
+    ops = resolve(cfg.kernels, Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8))
     Path(folder).mkdir(parents=True, exist_ok=True)
     session = Session(cfg, device, mesh, ops, RunFolder(Path(folder)), Console(enabled=False), "")
     return gap.Sweep(session, stop)
