@@ -153,7 +153,7 @@ class Sweep:
             started = time.perf_counter()
             self.results.base = self.evaluator.scores(self.engine)
             self._write()
-            self._say(f"untreated: {means(self.results.base)}, measured in {time.perf_counter() - started:.1f} s")
+            self._estimate(time.perf_counter() - started)
         left = [text for text in self.texts if text.key not in self.results.runs]
         if len(left) < len(self.texts):
             self._say(f"{len(self.texts) - len(left)} of {len(self.texts)} texts have their results already")
@@ -171,6 +171,14 @@ class Sweep:
                 self._say(f"stopped after {text.key}; the same command goes on from here")
                 return STOPPED
         return 0
+
+    def _estimate(self, seconds: float) -> None:
+        """What the untreated model scored, and how long the runs will measure at that speed; their steps come on top."""
+        count = len([step for step in self.cfg.gap.evaluate_at if step])
+        words = f"untreated: {means(self.results.base)}, measured in {seconds:.1f} s"
+        self._say(
+            f"{words}; {len(self.texts)} texts x {count} evaluations will take {duration(len(self.texts) * count * seconds)}, and the steps"
+        )
 
     def _progress(self, text: Text, found: dict, *, left: int) -> None:
         done, eta = len(self.texts) - left, sum(self.seconds) / len(self.seconds) * left
