@@ -102,7 +102,7 @@ def main() -> None:
     work = options.work / ("small" if options.small else "full")
     config = prepare(options, work)
     print(
-        f"{options.texts} texts of each of {', '.join(options.kinds)}; after the untreated model `llmtrain gap` says how long they will take"
+    print(f"{options.texts} texts of each of {', '.join(options.kinds)}; how long they will take is said after the first measurement")
     )
     llmtrain("gap", "-c", config)
     folder = options.output / options.name
