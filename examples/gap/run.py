@@ -101,9 +101,7 @@ def main() -> None:
     options = parse()
     work = options.work / ("small" if options.small else "full")
     config = prepare(options, work)
-    print(
     print(f"{options.texts} texts of each of {', '.join(options.kinds)}; how long they will take is said after the first measurement")
-    )
     llmtrain("gap", "-c", config)
     folder = options.output / options.name
     check(folder, options)
