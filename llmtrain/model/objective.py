@@ -16,3 +16,8 @@ def cross_entropy(outputs: dict[str, Tensor]) -> Tensor:
     if "mtp_ce_sum" not in outputs:
         return outputs["ce_sum"]
     return outputs["ce_sum"] + outputs["mtp_weight"] * outputs["mtp_ce_sum"]
+
+
+def ascent(outputs: dict[str, Tensor]) -> Tensor:
+    """Minus the summed cross-entropy: minimising it climbs the loss of the text (Gradient Ascent Post-training, arXiv 2306.07052)."""
+    return -cross_entropy(outputs)

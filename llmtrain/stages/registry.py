@@ -28,7 +28,12 @@ class Stage:
     """What the stage makes of the configuration first: its own defaults, and what follows from the data. Twice is as once."""
 
 
-BUILT_IN = {"train": "llmtrain.stages.pretrain", "metaladder": "llmtrain.stages.metaladder", "sft": "llmtrain.stages.sft"}
+BUILT_IN = {
+    "train": "llmtrain.stages.pretrain",
+    "sft": "llmtrain.stages.sft",
+    "gap": "llmtrain.stages.gap",
+    "metaladder": "llmtrain.stages.metaladder",
+}
 """Modules of the built-in stages, each with `run`, `preflight` and `settled`."""
 _STAGES: dict[str, Stage] = {}
 

@@ -14,10 +14,10 @@ from llmtrain.parallel.hang.where import recorded
 from llmtrain.parallel.mesh import Mesh
 
 
-def full_weights(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(engine: Engine, mesh: Mesh, *, everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """(canonical name, whole tensor on the CPU) one at a time: all of the model on rank 0, on others those of their pipeline stages.
 
-    All ranks must go through it together.
+    `everywhere`: all of the model on every rank. All ranks must go through it together.
     """
     mine = {key.removesuffix(".weight"): tensor for key, tensor in engine.state().items() if key.endswith(".weight")}
     held = mesh.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()})
@@ -27,6 +27,8 @@ def full_weights(engine: Engine, mesh: Mesh) -> Iterator[tuple[str, torch.Tensor
             whole = _gathered(whole)
         source = next(rank for rank, part in enumerate(held) if name in part)
         whole = _to_rank_0(whole, source, mesh, shape=shape, dtype=dtype)
+        if everywhere and mesh.shape.pp > 1:
+            whole = _from_rank_0(whole, mesh, shape=shape, dtype=dtype)
         if whole is not None:
             yield name, whole.cpu()
 
@@ -47,6 +49,16 @@ def _to_rank_0(whole: torch.Tensor | None, source: int, mesh: Mesh, *, shape: Se
         whole = torch.empty(shape, dtype=dtype, device=mesh.device.torch_device)
         with recorded("recv", mesh.group("pp"), peer=source):
             dist.recv(whole, src=source, group=mesh.group("pp"))
+    return whole
+
+
+def _from_rank_0(whole: torch.Tensor | None, mesh: Mesh, *, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """What rank 0 has, on every rank."""
+    if mesh.rank:
+        whole = torch.empty(shape, dtype=dtype, device=mesh.device.torch_device)
+    whole = whole.contiguous()
+    with recorded("broadcast", "world"):
+        dist.broadcast(whole, src=0)
     return whole
 
 

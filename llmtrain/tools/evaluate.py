@@ -1,4 +1,4 @@
-"""Evaluate a model: perplexity, needle in a haystack, choice of the RoPE base, lm-eval tasks, problems with answers.
+"""Evaluate a model: perplexity, dialogue, needle in a haystack, choice of the RoPE base, lm-eval tasks, problems with answers.
 
 llmtrain eval runs/quickstart perplexity book.txt
 """
@@ -9,12 +9,18 @@ from pathlib import Path
 
 from llmtrain.data.corpora import ALIAS
 from llmtrain.errors import UserError
+from llmtrain.tools import evaluate_files
 from llmtrain.tools.open_model import OpenModel
 from llmtrain.tools.shared import add_options, open_shared, shared_mesh, start_ranks
 
+FILES = "Without a model: `llmtrain eval compare FIRST.json SECOND.json`, `llmtrain eval error-rate REFERENCES HYPOTHESES`."
+
 
 def main(argv: list[str]) -> int:
-    """`llmtrain eval MODEL perplexity|needle|rope-base|tasks|problems ...`: print a table; --out writes JSON."""
+    """`llmtrain eval MODEL perplexity|dialogue|needle|rope-base|tasks|problems ...`, `llmtrain eval compare|error-rate ...`: print a table;
+    --out writes JSON."""
+    if argv and argv[0] in evaluate_files.VERBS:
+        return evaluate_files.main(argv)
     options = _parse(argv)
     code = start_ranks("eval", argv, options)
     if code is not None:
@@ -35,7 +41,7 @@ def _evaluate(options: argparse.Namespace, mesh) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="llmtrain eval", description="Evaluate a model.")
+    parser = argparse.ArgumentParser(prog="llmtrain eval", description="Evaluate a model.", epilog=FILES)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a run folder or a Hugging Face folder")
     kinds = parser.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
     shared = argparse.ArgumentParser(add_help=False)
@@ -51,6 +57,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add.add_argument("--stride", type=int, help="where the next window begins (the context: no overlap); less is slower and lower")
     add.add_argument("--tokens", type=int, help="use so many first tokens of each text (all)")
     add.set_defaults(run=_perplexity)
+
+    add = kinds.add_parser("dialogue", parents=[shared], help="unigram F1 of greedy answers")
+    add.add_argument("file", type=Path, metavar="FILE", help='JSON lines: {"turns": ["Hi!", ...], "response": "Hello."}')
+    add.add_argument("--limit", type=int, help="so many first dialogues (all)")
+    add.add_argument("--max-new", type=int, default=32, help="most tokens of an answer (32)")
+    add.add_argument("--batch", type=int, default=16, help="dialogues at a time (16)")
+    add.set_defaults(run=_dialogue)
 
     add = kinds.add_parser("needle", parents=[shared], help="find a sentence in a long text")
     add.add_argument("--lengths", type=int, nargs="+", help="prompt lengths in tokens (model.max_seq_len and a half and a quarter of it)")
@@ -100,6 +113,13 @@ def _perplexity(options: argparse.Namespace, opened: OpenModel):
         raise UserError(f"--context {context} --stride {stride}: allowed are a context of at least 2 and 0 < stride <= context")
     results = [p.perplexity(opened, text, context=context, stride=stride, limit=options.tokens) for text in options.text]
     return p.table(results), {"context": context, "stride": stride, "texts": p.as_json(results)}
+
+
+def _dialogue(options: argparse.Namespace, opened: OpenModel):
+    from llmtrain.tools import dialogue as d
+
+    results = d.run(opened, options.file, limit=options.limit, max_new=options.max_new, batch=options.batch)
+    return d.table(results), results
 
 
 def _needle(options: argparse.Namespace, opened: OpenModel):

@@ -109,7 +109,9 @@ def run(
     fewshot: int | None = None,
     batch: int = 8,
 ) -> dict:
-    """lm-eval's results per task. `tasks` are names (of lm-eval, or of files in `include`) or YAML files.
+    """lm-eval's results per task, and under `items` the value of each metric for every document.
+
+    `tasks` are names (of lm-eval, or of files in `include`) or YAML files.
 
     Nothing is downloaded: data sets have to be local files or in the cache. Raises UserError for an unknown task.
     """
@@ -130,9 +132,19 @@ def run(
         raise UserError(f"task {unknown[0]!r} is not known to lm-eval; give a YAML file, or --include its folder")
     model = LlmtrainLM(opened, batch_size=batch)
     done = simple_evaluate(
-        model, tasks=names, num_fewshot=fewshot, limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+        model, tasks=names, num_fewshot=fewshot, limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=1000
     )
-    return {name: {key: value for key, value in values.items() if key != "alias"} for name, values in done["results"].items()}
+    results = {name: {key: value for key, value in values.items() if key != "alias"} for name, values in done["results"].items()}
+    for name, samples in done["samples"].items():
+        results[name]["items"] = _items(samples)
+    return results
+
+
+def _items(samples: list[dict]) -> dict[str, list[float]]:
+    """Metric -> its value for every document, in order, of metrics that have one number per document."""
+    rows = sorted(samples, key=lambda sample: sample["doc_id"])
+    names = [name for name in (rows[0].get("metrics") or []) if all(isinstance(row.get(name), int | float) for row in rows)] if rows else []
+    return {name: [float(row[name]) for row in rows] for name in names}
 
 
 def _task_name(file: Path) -> str:

@@ -157,7 +157,7 @@ def _open_hf(folder: Path, place: Device, dtype: str, mesh: Mesh | None) -> Open
     if note := left_out(folder, cfg):
         print(note, file=sys.stderr)
     tokenizer = load(folder) if pretrained_tokenizer(folder) else None
-    return OpenModel(model, cfg, tokenizer, _stop_ids(folder, tokenizer), _prefix(folder, tokenizer))
+    return OpenModel(model, cfg, tokenizer, stop_ids_of(folder, tokenizer), prefix_of(folder, tokenizer))
 
 
 def _place(device: str, mesh: Mesh | None, local_rank: int = 0) -> Device:
@@ -228,13 +228,13 @@ def _require_weights(checkpoint: Path, weights: dict[str, Tensor], metadata, *, 
         raise checkpoint_files.CheckpointError(f"{checkpoint} does not fit the run's config.yaml: {'; '.join(problems[:5])}")
 
 
-def _stop_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def stop_ids_of(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """The end tokens that the folder's own files name, else the tokenizer's."""
     given = token_ids(folder).get("eos_token_id", tokenizer.eod_id if tokenizer else ())
     return tuple(given) if isinstance(given, Iterable) else (int(given),)
 
 
-def _prefix(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def prefix_of(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """What the model's own tokenizer puts in front of a text: by tokenizer.json's post-processor, else by tokenizer_config.json."""
     if tokenizer is None:
         return ()

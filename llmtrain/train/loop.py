@@ -50,19 +50,25 @@ class Loop:
         mesh: Mesh,
         device: Device,
         folder: RunFolder,
-        checkpointer: Checkpointer,
+        checkpointer: Checkpointer | None,
         sinks: list[MetricSink],
         console: Console,
         start_from: Callable[[], None] | None = None,
+        between: Callable[[int, StepResult], bool] | None = None,
     ):
-        """`start_from` loads weights into the engine at a fresh start; a run that resumes does not call it."""
-        self.start_from = start_from
+        """`start_from` loads weights into the engine at a fresh start; a run that resumes does not call it.
+
+        Without a `checkpointer` nothing is saved or resumed. `between(steps taken, the last one's result)` is called on all ranks after
+        every step and ends the run if it gives True, on all ranks alike.
+        """
+        self.start_from, self.between = start_from, between
         self.cfg, self.engine, self.plan, self.inputs, self.mesh, self.device = cfg, engine, plan, inputs, mesh, device
         self.checkpointer, self.sinks, self.console, self.folder = checkpointer, sinks, console, folder
         self.spikes = SpikeDetector(cfg.guards.spike)
         self.experts = ExpertHealth(cfg.guards.experts, cfg.model)
         self.next_step = 0
         self.loss: float | None = None
+        self.result: StepResult | None = None
         self.validation: dict[str, float] = {}
         self.metrics_lost = False
         self.speed: SpeedMeter | None = None
@@ -95,6 +101,9 @@ class Loop:
                 if self._after_step(step, stop):
                     stream.close()
                     return STOPPED
+                if self._ended_between():
+                    stream.close()
+                    return DONE
                 where.at(step=self.next_step + 1, phase="data")
                 asked = time.perf_counter()
         return DONE
@@ -117,7 +126,7 @@ class Loop:
             self.engine.discard()
         else:
             self.engine.apply(lr=step.lr)
-        self.loss, self.next_step = result.loss, step.index + 1
+        self.loss, self.next_step, self.result = result.loss, step.index + 1, result
         compiling = result.metrics.get("compile_seconds", 0.0)
         self.speed.exclude(compiling + result.metrics.get("move_seconds", 0.0))
         self.speed.end_step(tokens=step.batch * step.seq_len, flops_per_token=flops_per_token(self.cfg.model, step.seq_len))
@@ -186,15 +195,27 @@ class Loop:
                 self.validation = self.validate(done, micro_batch=step.micro_batch)
             if last or stopping or (every and done % every == 0):
                 self._save()
-            for message in self.checkpointer.poll():
-                self._event(step, message)
+            self._poll(step)
         if stopping:
             self._event(step, f"stopped by {reason or 'another rank'} after step {done}; the same command goes on from here")
         if stopping or last:
-            self.checkpointer.wait()
-            for message in self.checkpointer.poll():
-                self._event(step, message)
+            self._poll(step, wait=True)
         return stopping
+
+    def _poll(self, step: Step, *, wait: bool = False) -> None:
+        """Say what has become of checkpoints."""
+        if self.checkpointer is None:
+            return
+        if wait:
+            self.checkpointer.wait()
+        for message in self.checkpointer.poll():
+            self._event(step, message)
+
+    def _ended_between(self) -> bool:
+        if self.between is None:
+            return False
+        with self.speed.pause():
+            return self.between(self.next_step, self.result)
 
     def validate(self, done: int, *, micro_batch: int) -> dict[str, float]:
         """Loss of every validation source after `done` steps."""
@@ -222,9 +243,10 @@ class Loop:
             )
 
     def _resume(self) -> None:
-        path = self.checkpointer.find(self.cfg.checkpoint.resume)
+        path = None if self.checkpointer is None else self.checkpointer.find(self.cfg.checkpoint.resume)
         if path is None:
-            self._refuse_to_start_over()
+            if self.checkpointer is not None:
+                self._refuse_to_start_over()
             first = self.plan.step(0)
             self._forget_metrics(0)
             self.engine.begin_phase(rope_base=first.rope_base)
@@ -279,6 +301,8 @@ class Loop:
         return last.first_sample + last.batch
 
     def _save(self) -> None:
+        if self.checkpointer is None:
+            return
         where.at(phase="checkpoint")
         done = self.next_step
         last = self.plan.step(done - 1)

@@ -51,6 +51,20 @@ def _config(words: list[str]) -> None:
         [load(Path(file), []) for file in rest if Path(file).exists()]
 
 
+def _gap(words: list[str]) -> None:
+    """The file is the user's own; `-c` and overrides are the words of every stage."""
+    from llmtrain.config.arguments import _split
+
+    options, _ = _split(words)
+    assert options.config, words
+
+
+def _eval(words: list[str]) -> None:
+    from llmtrain.tools import evaluate, evaluate_files
+
+    (evaluate_files if words[0] in evaluate_files.VERBS else evaluate)._parse(words)
+
+
 def _compare(words: list[str]) -> None:
     from llmtrain.config.load import load
     from llmtrain.tools.compare.side import as_options
@@ -85,12 +99,13 @@ PARSERS: dict[str, Callable[[list[str]], None]] = {
     "train": _run,
     "sft": _run,
     "metaladder": _run,
+    "gap": _gap,
     "config": _config,
     "compare": _compare,
     "launch": _launch,
     "data": _plain("llmtrain.tools.data", "parser"),
     "generate": _plain("llmtrain.tools.generate", "_parse"),
-    "eval": _plain("llmtrain.tools.evaluate", "_parse"),
+    "eval": _eval,
     "convert": _plain("llmtrain.tools.convert", "parser"),
     "kernels": _plain("llmtrain.tools.kernels", "_parser"),
     "doctor": _plain("llmtrain.tools.doctor.command", "_parser"),
