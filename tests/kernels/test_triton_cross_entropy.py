@@ -50,7 +50,8 @@ def test_losses_and_gradients_of_logits(rows, vocab, dtype, scale, seed):
         assert losses.dtype == torch.float32
         assert ((losses - want).abs() <= 2e-6 * wide.abs().amax(1).clamp(min=1.0)).all()
         assert torch.equal(logits, kept) or wanted
-    assert (logits.double() - slope).abs().max() <= STEPS[dtype]
+    exponents = 2**-24 * wide.abs().max()  # rounding of logit - log-sum-exp in fp32, to which a probability's relative error is equal
+    assert (logits.double() - slope).abs().max() <= STEPS[dtype] + exponents
 
 
 @DRAWN
