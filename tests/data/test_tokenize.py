@@ -290,7 +290,7 @@ GOOD = b'{"text": "the king"}\n'
         ("a.jsonl", b'{"text": " "}\n', r"no document in the input \(1 records without text, 0 unreadable\)"),
         ("a.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-9], r"a\.jsonl\.gz: cannot be read"),
         ("a.parquet", b"PAR1 nonsense", r"a\.parquet: not a readable Parquet file"),
-        ("a.csv", b"text\n", r"a\.csv: its suffix .*--format"),
+        ("a.doc", b"text\n", r"a\.doc: its suffix .*--format"),
     ],
 )
 def test_bad_input(tmp_path, sp_model, name, content, words):

@@ -142,8 +142,7 @@ def test_settled_is_the_same_twice(place, monkeypatch):
 
 def test_dry_run_and_what_is_refused(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    assert main(["sft", "-c", "tune.yaml", "--dry-run"]) == 0
-    out = capsys.readouterr().out
+    out = llmtrain(place, "sft", "-c", "tune.yaml", "--dry-run")
     assert "plan: 120 steps" in out and "one step of a 2-layer miniature" in out
     job = ["--device", "npu", "--per-node", "2", "--out", "job.sbatch"]
     assert main(["launch", "slurm", "--verb", "sft", "-c", "tune.yaml", *job]) == 0
