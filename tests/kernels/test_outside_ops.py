@@ -48,7 +48,10 @@ def rope(x, cos, sin):
 
 
 def check(ours, formula, tensors, wanted, *, times=1):
-    """Output and gradients twice, within so many times the bound, of the first `wanted` tensors; neither they nor the gradient that comes in may be written to."""
+    """Output and gradients twice, of the first `wanted` tensors, within so many times the bound.
+
+    Neither they nor the gradient that comes in may be written to.
+    """
     narrow = [x.detach().clone().requires_grad_(i < wanted) for i, x in enumerate(tensors)]
     wide = [x.detach().double().requires_grad_(i < wanted) for i, x in enumerate(tensors)]
     out, expected = ours(*narrow), formula(*wide)
