@@ -67,7 +67,7 @@ def run(cfg: "RunConfig", *, stage: str = "train") -> RunResult:
     A mesh of one rank runs in this process; more ranks are started as processes of this machine, whose rank 0 writes to this process's
     stdout. Under torchrun or srun this process is a rank. What can be known to be wrong is raised before anything starts.
 
-    stage: `train`, `sft`, or a stage that a plugin registered.
+    stage: `train`, `sft`, `gap`, `metaladder`, or a stage that a plugin registered.
 
     Raises:
         UserError: a wrong configuration, missing data, an unknown stage; ranks asked for outside of the main thread.

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from llmtrain import __version__
 from llmtrain.errors import UserError
@@ -22,11 +23,13 @@ class Verb:
     function: str = "main"
 
 
+STAGE = "llmtrain.stages.registry"
+"""Its `main` takes the verb, too: the module of the stage, and torch with it, are imported when the words have been read."""
 VERBS = {
     "train": Verb("llmtrain.stages.pretrain", "pretrain a model as a YAML file says"),
     "sft": Verb("llmtrain.stages.sft", "fine-tune a pretrained model on the answers of conversations"),
-    "gap": Verb("llmtrain.stages.gap", "Gradient Ascent Post-training: a few steps up the loss of one text, many texts, measured"),
-    "metaladder": Verb("llmtrain.stages.metaladder", "train on problems with analogous ones, self-evolve, and check the answers"),
+    "gap": Verb(STAGE, "Gradient Ascent Post-training: a few steps up the loss of one text, many texts, measured"),
+    "metaladder": Verb(STAGE, "train on problems with analogous ones, self-evolve, and check the answers"),
     "generate": Verb("llmtrain.tools.generate", "continue a prompt with a trained model"),
     "convert": Verb("llmtrain.tools.convert", "read and write Hugging Face folders, read GGUF files; compare with transformers"),
     "eval": Verb("llmtrain.tools.evaluate", "perplexity, dialogue, needle, RoPE base, lm-eval tasks, problems; compare; error rates"),
@@ -66,7 +69,9 @@ def usage() -> str:
 def _find(name: str, argv: list[str]) -> Callable[[list[str]], int]:
     """The function of a verb, which may be a plugin's stage. Raises UserError if there is none."""
     if name in VERBS:
-        return getattr(importlib.import_module(VERBS[name].module), VERBS[name].function)
+        verb = VERBS[name]
+        found = getattr(importlib.import_module(verb.module), verb.function)
+        return partial(found, name) if verb.module == STAGE else found
     from llmtrain.stages.registry import find_verb, stages
 
     found = None if name.startswith("-") else find_verb(name, argv)

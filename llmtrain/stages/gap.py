@@ -38,14 +38,7 @@ STRIKES, FIRST_STRIKE = 2, 5
 """The paper's early stop: at the second evaluation, from step 5 on, that is below the best in all scores."""
 
 
-def main(argv: list[str]) -> int:
-    """`llmtrain gap`: check everything, then run here or start the local ranks."""
-    from llmtrain.stages import registry
-
-    return registry.main("gap", argv)
-
-
-def recipe(cfg: RunConfig) -> RunConfig:
+def settled(cfg: RunConfig) -> RunConfig:
     """`cfg` with the paper's settings where it gives none, and a batch that gives every data-parallel rank a sample (see OneText)."""
     ranks = ranks_wanted(cfg)
     given = {name: {key: getattr(getattr(cfg, name), key) for key in getattr(cfg, name).model_fields_set} for name in PAPER}
@@ -69,7 +62,6 @@ def preflight(cfg: RunConfig) -> int:
     from llmtrain.stages.results import check_export
     from llmtrain.tools.open_model import OpenModel
 
-    cfg = recipe(cfg)
     wrong = next((step for step in cfg.gap.evaluate_at if step > cfg.train.steps), None)
     if wrong is not None:
         raise UserError(f"gap.evaluate_at: step {wrong} is beyond train.steps {cfg.train.steps}")
@@ -88,11 +80,6 @@ def preflight(cfg: RunConfig) -> int:
         return ranks
 
 
-def settled(cfg: RunConfig) -> RunConfig:
-    """The configuration as it is: `recipe` settles it where the ranks are known."""
-    return cfg
-
-
 def load_tokenizer(cfg: RunConfig):
     """The run's tokenizer; None without one."""
     from llmtrain.data.tokenizer import load
@@ -102,7 +89,6 @@ def load_tokenizer(cfg: RunConfig):
 
 def run(cfg: RunConfig) -> int:
     """Ascend on every text that has no result yet, then report; called on every rank. Returns the exit code: 0 done, 2 stopped."""
-    cfg = recipe(cfg)
     with StopRequest(cfg.guards) as stop, session(cfg) as s:
         stop.folder = s.folder.path
         if s.mesh.rank == 0:

@@ -68,9 +68,11 @@ def read(path: Path) -> list[dict]:
     """The lines of a results file. Raises UserError if it is none."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        assert all(line["kind"] in ("setup", "base", "run") for line in lines)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{path}: is no file of results that `llmtrain gap` wrote") from None
+        known = all(line["kind"] in ("setup", "base", "run") for line in lines)
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: is no file of results that `llmtrain gap` wrote")
     return lines
 
 

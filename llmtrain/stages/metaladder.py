@@ -19,13 +19,6 @@ from llmtrain.data.metaladder.render import examples
 from llmtrain.errors import UserError
 
 
-def main(argv: list[str]) -> int:
-    """`llmtrain metaladder -c FILE`."""
-    from llmtrain.stages import registry
-
-    return registry.main("metaladder", argv)
-
-
 def preflight(cfg: RunConfig) -> int:
     """Check what can be known to be wrong, which needs the first round's examples: they are written. Returns the local ranks to start."""
     from llmtrain.stages import pretrain

@@ -66,6 +66,7 @@ def losses(name: str, dtype: str, others: str = "reference") -> list[float]:
         result = engine.forward_backward(micro_batches(plan.step(index), Packed(), rank=0, ranks=1))
         found.append(result.loss_sum / result.target_count)
         engine.apply(lr=0.01)
+    world.stop(mesh)
     return found
 
 

@@ -50,13 +50,14 @@ def settings(place, **options) -> dict:
 
 
 def test_the_papers_settings_are_the_defaults_and_the_configuration_wins(place):
-    cfg = gap.recipe(RunConfig.model_validate({"device": "cpu", "tokenizer": {"path": str(place / "tokenizer.json")}}))
+    cfg = gap.settled(RunConfig.model_validate({"device": "cpu", "tokenizer": {"path": str(place / "tokenizer.json")}}))
     o, t = cfg.optim, cfg.train
     assert (o.lr, o.betas, o.eps, o.weight_decay, o.max_grad_norm) == (5e-5, (0.9, 0.98), 1e-8, 0.0, None)
     assert (t.steps, t.seq_len, t.global_batch, t.micro_batch, cfg.schedule.kind) == (15, 512, 1, 1, "constant")
     assert cfg.gap.evaluate_at == [0, 5, 10, 15] and cfg.model.vocab_size == 300
+    assert gap.settled(cfg) == cfg
     given = {"optim": {"lr": 1e-3, "max_grad_norm": 1.0}, "train": {"steps": 3, "seq_len": 64}, "parallel": {"dp_shard": 2}}
-    cfg = gap.recipe(RunConfig.model_validate({"device": "cpu", "model": {"vocab_size": 9}} | given))
+    cfg = gap.settled(RunConfig.model_validate({"device": "cpu", "model": {"vocab_size": 9}} | given))
     assert (cfg.optim.lr, cfg.optim.betas, cfg.optim.max_grad_norm) == (1e-3, (0.9, 0.98), 1.0)
     assert (cfg.train.steps, cfg.train.seq_len, cfg.train.global_batch) == (3, 64, 2)
 
@@ -70,7 +71,7 @@ def test_the_papers_settings_are_the_defaults_and_the_configuration_wins(place):
 )
 def test_what_a_run_on_one_text_cannot_have(changes, message):
     with pytest.raises(UserError, match=message):
-        gap.recipe(RunConfig.model_validate({"device": "cpu", "model": {"vocab_size": 9}} | changes))
+        gap.settled(RunConfig.model_validate({"device": "cpu", "model": {"vocab_size": 9}} | changes))
 
 
 def test_what_is_wrong_is_said_before_any_rank_starts(place):
@@ -92,7 +93,7 @@ def test_what_is_wrong_is_said_before_any_rank_starts(place):
 
 
 def test_a_text_keeps_its_end_and_others_of_the_step_have_no_target(place):
-    cfg = gap.recipe(RunConfig.model_validate({"device": "cpu"} | settings(place)))
+    cfg = gap.settled(RunConfig.model_validate({"device": "cpu"} | settings(place)))
     tokenizer = load(place / "tokenizer.json")
     texts = gather_texts(cfg, tokenizer)
     whole = tokenizer.encode(LINE.format(3, 21) * 4)

@@ -43,7 +43,7 @@ class Stop:
 def sweep_of(folder: str, values: dict, stop: Stop) -> gap.Sweep:
     """A sweep with its engine, on the mesh that `values` asks for, in a world that has as many ranks."""
     torch.set_num_threads(1)
-    cfg = gap.recipe(RunConfig.model_validate({"device": "cpu", "precision": "fp64", "model": MODEL | {"vocab_size": 300}} | values))
+    cfg = gap.settled(RunConfig.model_validate({"device": "cpu", "precision": "fp64", "model": MODEL | {"vocab_size": 300}} | values))
     device = select("cpu", int(os.environ.get("LOCAL_RANK", 0)))
     mesh = world.start(cfg.parallel, device=device)
     ops = resolve(cfg.kernels, Call(device="cpu", dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8))
