@@ -16,7 +16,7 @@ class MetaLadderConfig(Section):
     """What the responses are: metaladder, cot, no_strategy, no_analogy, no_restate, post, analogyaug, refaug, pre_refaug; with `+reverse`
     every similar problem is an example too, with the problem as its analogue."""
     epochs: PositiveFloat = 1.0
-    """Passes over the training examples of a round; train.steps, train.tokens or train.phases, where given, say the length instead."""
+    """Passes over the training examples of a round; train.steps, tokens, epochs or phases, where given, say the length instead."""
     tokens_of: str | None = None
     """Train for as many tokens as `epochs` over this variant have, so that variants can be compared at equal tokens."""
     rounds: NonNegativeInt = 0

@@ -96,24 +96,16 @@ def training_source(path: Path) -> dict[str, Any]:
 
 
 def round_config(cfg: RunConfig, number: int, rungs: list[Rung]) -> RunConfig:
-    """The run of one round: its examples, its folder, its length."""
+    """The run of one round: its examples, its folder, its length, which is `metaladder.epochs` unless `train` says one."""
+    from llmtrain.stages import pretrain
+
     values = cfg.model_dump(mode="json")
     values |= {"output": str(_folder(cfg)), "name": f"round-{number}"}
     values["data"]["train"] = [training_source(_file(cfg, number))]
-    if cfg.train.steps is None and cfg.train.tokens is None and not cfg.train.phases:
-        values["train"]["steps"] = _steps(values, cfg, rungs)
-    return RunConfig.load(values)
-
-
-def _steps(values: dict[str, Any], cfg: RunConfig, rungs: list[Rung]) -> int:
-    """Steps of `metaladder.epochs` passes over the examples, or of as many tokens as those over the examples of `metaladder.tokens_of`."""
-    from llmtrain.layout.steps import StepPlan
-    from llmtrain.stages import pretrain
-
-    probe = RunConfig.load(values | {"train": values["train"] | {"steps": 1}})
-    [use] = pretrain.inputs(probe).dataset_of(StepPlan.from_config(probe).phases[0]).epochs
-    rows = use.samples_per_epoch * cfg.metaladder.epochs * token_ratio(cfg, rungs)
-    return max(1, round(rows / cfg.train.global_batch))
+    train = cfg.train
+    if train.steps is None and train.tokens is None and train.epochs is None and not train.phases:
+        values["train"]["epochs"] = cfg.metaladder.epochs * token_ratio(cfg, rungs)
+    return pretrain.settled(RunConfig.load(values))
 
 
 def token_ratio(cfg: RunConfig, rungs: list[Rung]) -> float:
