@@ -144,5 +144,6 @@ def test_the_bootstrap_knows_textbook_errors():
     assert found.detectable == pytest.approx(2.8 * found.error)
     common = rng.normal(0, 1, size=(1, 100)) + np.zeros((25, 1))  # what items have in common does not average out over runs
     assert paired.bootstrap(common).error == pytest.approx(common[0].std() / 10, rel=0.15)
+    assert paired.bootstrap_between(common, 0 * common).error == pytest.approx(common[0].std() / 10, rel=0.15)
     between = paired.bootstrap_between(common + 0.5, common)
     assert between.mean == pytest.approx(0.5) and between.error < 1e-12, "items are drawn alike on both sides"

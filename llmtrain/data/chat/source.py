@@ -82,7 +82,6 @@ class ConversationSamples:
             begin, length = int(found.starts[self.kept[member]]), int(self._lengths[member])
             tokens[end : end + length] = found.tokens[begin : begin + length]
             learn[end : end + length] = found.counts[begin : begin + length]
-            learn[end] = False  # what comes before it is of another conversation
             end += length
             borders.append(end)
         return Sample(tokens, np.array([b for b in borders if b <= self.seq_len], np.int64), learn[1:])
