@@ -2,15 +2,16 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 from train_peers.shape import Shape
 
+from llmtrain.tools.launch import reserved_port
 from mesh_worlds.cases import Case
 
 BENCH = Path(__file__).resolve().parent.parent
@@ -25,6 +26,7 @@ class World:
 
     def __init__(self, side: str, ranks: int):
         self.side, self.name = side, side
+        self.place = ExitStack()
         self.scratch = tempfile.TemporaryDirectory(prefix="bench-parallel-")
         path = os.pathsep.join([str(BENCH), str(BENCH.parent), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -46,9 +48,8 @@ class World:
     def build(self, case: Case, shape: Shape, *, weights: Path) -> None:
         """Join a world of this mesh with a new model; what was there before is left."""
         self.name = f"{case.name}, {self.side}"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self.place.close()
+        port = self.place.enter_context(reserved_port())
         self.ask("build", side=self.side, case=case.name, shape=asdict(shape), weights=str(weights), port=port)
 
     def ask(self, do: str, **request) -> list[dict]:
@@ -81,6 +82,7 @@ class World:
         for log in self.logs:
             log.close()
         self.scratch.cleanup()
+        self.place.close()
 
     def __enter__(self) -> "World":
         return self

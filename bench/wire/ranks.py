@@ -2,12 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
+from llmtrain.tools.launch import reserved_port
 from wire.network import Network
 
 BENCH = Path(__file__).resolve().parent.parent
@@ -26,13 +27,15 @@ class Ranks:
     """
 
     def __init__(self, count: int, network: Network | None, *, worker: Path):
-        self.count, self.network, self.port, self.worker = count, network, PORT if network else free_port(), worker
+        self.count, self.network, self.worker = count, network, worker
+        self.place = ExitStack()
         self.logs = tempfile.TemporaryDirectory(prefix="wire-")
         self.processes: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Ranks":
         try:
-            self.processes += [self._start(rank) for rank in range(self.count)]
+            port = PORT if self.network else self.place.enter_context(reserved_port())
+            self.processes += [self._start(rank, port) for rank in range(self.count)]
         except BaseException:
             self.__exit__()
             raise
@@ -46,6 +49,7 @@ class Ranks:
             process.stdin.close()
             process.stdout.close()
         self.logs.cleanup()
+        self.place.close()
 
     def ask(self, do: str, **request) -> list:
         """The answers by rank. Raises RankError if a rank failed or died."""
@@ -62,11 +66,11 @@ class Ranks:
             answers.append(answer)
         return answers
 
-    def _start(self, rank: int) -> subprocess.Popen:
+    def _start(self, rank: int, port: int) -> subprocess.Popen:
         there = {"MASTER_ADDR": "127.0.0.1"}
         if self.network is not None:
             there = {"MASTER_ADDR": self.network.address(0), "GLOO_SOCKET_IFNAME": "eth0"}
-        there |= {"MASTER_PORT": str(self.port), "WORLD_SIZE": str(self.count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        there |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(self.count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
         path = os.pathsep.join([str(BENCH.parent), str(BENCH), os.environ.get("PYTHONPATH", "")])
         with self._log(rank).open("w") as log:
             return subprocess.Popen(
@@ -81,10 +85,3 @@ class Ranks:
 
     def _log(self, rank: int) -> Path:
         return Path(self.logs.name) / f"rank-{rank}.txt"
-
-
-def free_port() -> int:
-    """On loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

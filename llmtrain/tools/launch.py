@@ -74,7 +74,7 @@ def run_local(
     with (
         _log_folder(logs) as folder,
         tempfile.TemporaryDirectory(prefix="llmtrain-") as meeting,
-        _reserved_port() as port,
+        reserved_port() as port,
         _requests() as requests,
     ):
         group = _Group(folder, Path(meeting))
@@ -253,7 +253,7 @@ def _log_folder(logs: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _reserved_port() -> Iterator[int]:
+def reserved_port() -> Iterator[int]:
     """A free port, held bound but not listening for as long as the run lasts.
 
     Rank 0's store can listen on it all the same, both sockets being SO_REUSEADDR, while the kernel gives it to nobody who asks for any

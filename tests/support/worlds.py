@@ -4,7 +4,6 @@ import importlib
 import multiprocessing
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import traceback
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
+
+from llmtrain.tools.launch import reserved_port
 
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
@@ -24,23 +25,21 @@ def run_world(target: str, ranks: int, *, args: dict, folder: Path, timeout: flo
 
     fresh: every rank an interpreter of its own, for what has to happen when Python starts.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     given, result = folder / "args.pkl", folder / "result.pkl"
     given.write_bytes(pickle.dumps(args))
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     start = _interpreter if fresh else _fork
     logs = [folder / f"rank-{rank}.txt" for rank in range(ranks)]
     processes = []
-    try:
-        for rank, log in enumerate(logs):
-            env = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(start(env, log, target, given, result))
-        codes = [process(timeout) for process, _ in processes]
-    finally:
-        for _, kill in processes:
-            kill()
+    with reserved_port() as port:
+        try:
+            for rank, log in enumerate(logs):
+                env = os.environ | world | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(start(env, log, target, given, result))
+            codes = [process(timeout) for process, _ in processes]
+        finally:
+            for _, kill in processes:
+                kill()
     if any(codes):
         first = next(rank for rank, code in enumerate(codes) if code)
         raise AssertionError(f"rank {first} of {ranks} ended with {codes[first]}:\n{logs[first].read_text()[-6000:]}")

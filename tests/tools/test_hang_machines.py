@@ -4,7 +4,7 @@ import pytest
 from hang_runs import LATE, TIMEOUT, Faulty, see_through
 
 from llmtrain.parallel.hang.board import VARIABLE
-from llmtrain.tools.launch import _reserved_port
+from llmtrain.tools.launch import reserved_port
 
 DP = ("--parallel.dp_shard", "2")
 
@@ -13,7 +13,7 @@ DP = ("--parallel.dp_shard", "2")
 def outcomes(tmp_path_factory):
     """(case, rank) -> how the rank ended. In `one` the ranks share a machine, in the others each has its own."""
     folder, runs = tmp_path_factory.mktemp("machines"), {}
-    with _reserved_port() as first, _reserved_port() as second, _reserved_port() as third:
+    with reserved_port() as first, reserved_port() as second, reserved_port() as third:
         for (case, act), port in zip({"one": "sleep", "two": "sleep", "silent": "stop"}.items(), (first, second, third)):
             here = folder / case
             (here / "tmp").mkdir(parents=True)

@@ -173,7 +173,7 @@ def test_what_a_rank_started_ends_with_it(start, tmp_path):
 def test_the_port_is_held_and_still_usable():
     import socket
 
-    with launch._reserved_port() as port, launch._reserved_port() as other:
+    with launch.reserved_port() as port, launch.reserved_port() as other:
         assert port != other
         with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as store:
             store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
