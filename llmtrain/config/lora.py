@@ -16,7 +16,7 @@ FEED_FORWARD = ("gate", "up", "down")
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA, arXiv 2106.09685): the model's weights stay as they are, and only narrow matrices beside them are trained."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the model's weights stay as they are, narrow matrices beside them are trained."""
 
     rank: NonNegativeInt = 0
     """Width of the adapters; 0 trains all weights instead."""
@@ -29,7 +29,7 @@ class LoraConfig(Section):
 
     @model_validator(mode="after")
     def _named_once(self) -> "LoraConfig":
-        if not self.targets or len(set(self.targets)) < len(self.targets) and self.targets != "all":
+        if not self.targets or (len(set(self.targets)) < len(self.targets) and self.targets != "all"):
             raise ValueError(f"targets {self.targets}: name one projection or several, each once, or `all`")
         return self
 
@@ -101,8 +101,10 @@ def check_lora(run: "RunConfig") -> None:
     targets_of(lora, model)
     if model.ffn.kind == "moe" and model.ffn.router.bias_rate is not None:
         raise ValueError(
-            f"lora.rank {lora.rank}: model.ffn.router.bias_rate {model.ffn.router.bias_rate} moves the routers' biases, which are no part of "
-            "an adapter; set it to null, or lora.rank 0"
+            f"lora.rank {lora.rank}: model.ffn.router.bias_rate {model.ffn.router.bias_rate} moves the routers' biases, "
+            "which are no part of an adapter; set it to null, or lora.rank 0"
         )
     if run.parallel.expert_placement is not None:
-        raise ValueError(f"lora.rank {lora.rank}: parallel.expert_placement moves experts with their moments, of which frozen ones have none")
+        raise ValueError(
+            f"lora.rank {lora.rank}: parallel.expert_placement moves experts with their moments, of which frozen ones have none"
+        )

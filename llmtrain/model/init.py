@@ -63,7 +63,7 @@ def initialise(model: nn.Module, cfg: ModelConfig, seed: int, *, adapters_only: 
 
     Each rank draws only the elements that it holds, on the CPU. Biases, and buffers, are 0, norm gammas 1, depth-scaled post norms
     c / sqrt(L); a family's own `initial(name)` comes first. Adapters begin at A of std 1 / sqrt(3 inputs), the one of PEFT's uniform
-    numbers, and B 0, so that they add nothing; with `adapters_only` nothing else is filled. Raises ValueError for a parameter still on meta.
+    numbers, and B 0, so that they add nothing; with `adapters_only` nothing else is filled. Raises ValueError for a parameter on meta.
     """
     for raw_name, param in model.named_parameters():
         name = canonical_name(raw_name)

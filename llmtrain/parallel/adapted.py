@@ -1,8 +1,9 @@
 """Projections beside collectives of tensor parallelism, with their adapters if they have any.
 
-What an adapter adds is narrow in its middle. Where a projection is split by columns, B is split with it and A is whole on every rank: A's product
-comes out of the same gathering as the projection's. Where it is split by rows, so is A, and its partial products, `rank` numbers per token,
-are summed and scattered; B is whole. The gradients of what is whole are partial sums on each rank, as those of all that tp does not split.
+What an adapter adds is narrow in its middle. Where a projection is split by columns, B is split with it and A is whole on every rank: its
+product comes out of the same gathering as the projection's. Where it is split by rows, so is A, and its partial products, `rank` numbers
+a token, are summed and scattered; B is whole. The gradients of what is whole are partial sums on each rank, as those of all that tp does
+not split.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,7 @@ from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.ops import all_gather_matmul, matmul_reduce_scatter
 
 
-def gather_matmul(
-    x: Tensor, projections: Sequence[nn.Linear], *, rows: Sequence[slice | None] | None = None, **fused: Any
-) -> list[Tensor]:
+def gather_matmul(x: Tensor, projections: Sequence[nn.Linear], *, rows: Sequence[slice | None] | None = None, **fused: Any) -> list[Tensor]:
     """x [B,S/t,D] of every rank through this rank's columns of each projection: a list of [B,S,F/t], or rows as all_gather_matmul says.
 
     `rows` are those of a projection that this rank computes of what it holds of it; all if None.

@@ -2,15 +2,8 @@
 
 import pytest
 from parity_rows import MODELS
-from sameness import FAULTS, gradient_difference, loss_difference, merge, norm_difference
+from sameness import gradient_difference, loss_difference, merge, norm_difference
 from worlds import run_world
-
-from llmtrain.config.lora import adapted, adapter_parameters
-from llmtrain.config.run import RunConfig
-from llmtrain.errors import UserError
-from llmtrain.layout.mesh import MeshShape
-from llmtrain.layout.steps import StepPlan
-from llmtrain.parallel.check import check_parallel
 
 STEPS = 6
 LORA = {"rank": 4, "alpha": 16}
@@ -54,7 +47,11 @@ def runs(tmp_path_factory) -> dict[str, dict]:
         two[name] = {"changes": changes(parallel, model, options), "stop": STEPS}
     two |= {f"broken {fault}": two[name] | {"fault": fault} for fault, name in BROKEN.items()}
     worlds = ((one, 1), (two, 2))
-    return {k: v for s, n in worlds for k, v in run_world("sameness:train_all", n, args={"scenarios": s}, folder=tmp_path_factory.mktemp("w")).items()}
+    return {
+        k: v
+        for s, n in worlds
+        for k, v in run_world("sameness:train_all", n, args={"scenarios": s}, folder=tmp_path_factory.mktemp("w")).items()
+    }
 
 
 @pytest.mark.parametrize("name", RUNS)
