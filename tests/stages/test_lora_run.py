@@ -1,10 +1,7 @@
 """A run that trains adapters on two ranks: what its checkpoints hold, how it resumes, what PEFT and transformers make of its results."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from chat_tokenizer import byte_level
 from hf_models import make, save
 from safetensors.torch import load_file
+from worlds import run_world
 
 from llmtrain.config.run import RunConfig
 from llmtrain.convert.adapters import is_adapter
@@ -25,7 +23,6 @@ from llmtrain.tools.model_source import open_source
 from llmtrain.tools.open_model import open_model
 from llmtrain.train import checkpoint_state
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("lora")
 TUNE = """
 device: cpu
@@ -40,14 +37,6 @@ checkpoint: {every: 3, keep_last: 5, export: hf}
 TOKENS = torch.arange(4, 44).view(2, 20)
 
 
-def sft_run(place: Path, *words: str) -> None:
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "llmtrain", "sft", "-c", "tune.yaml", *words]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with a model, and two runs: one whole, one that goes on from the half of the other's checkpoints."""
@@ -58,11 +47,16 @@ def place(tmp_path_factory) -> Path:
     facts = [{"prompt": f"What is {a} + {b}? ", "response": f"It is {a + b}."} for a in range(1, 5) for b in range(1, 4)]
     (place / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     (place / "tune.yaml").write_text(TUNE)
-    sft_run(place, "--name", "whole")
+
+    def tune(name: str) -> None:
+        words = {"folder": str(place), "config": "tune.yaml", "name": name}
+        assert run_world("sft_world:tune", 2, args=words, folder=tmp_path_factory.mktemp(name)) == 0
+
+    tune("whole")
     shutil.copytree(place / "runs/whole", place / "runs/again", symlinks=True)
     shutil.rmtree(place / "runs/again/checkpoints/step-00000006")
     shutil.rmtree(place / "runs/again/hf")
-    sft_run(place, "--name", "again")
+    tune("again")
     return place
 
 
@@ -116,7 +110,7 @@ def test_peft_and_our_tools_read_the_run_alike(here):
 
 def test_converted_alone_and_merged(here, capsys):
     convert.main(["runs/whole", "alone", "--to", "hf"])
-    assert "3,584 parameters of runs/whole" in capsys.readouterr().out
+    assert f"{2 * 4 * (2 * 64 + 2 * 48 + 3 * 80):,} parameters of runs/whole" in capsys.readouterr().out
     one, two = (load_file(here / f"{folder}/adapter_model.safetensors") for folder in ("runs/whole/hf", "alone"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert (here / "alone/adapter_config.json").read_text() == (here / "runs/whole/hf/adapter_config.json").read_text()
