@@ -99,6 +99,8 @@ def read_model_config(path: str | Path) -> ModelConfig:
 def _require_hf(path: Path) -> None:
     if not (path / "config.json").is_file():
         what = "a GGUF file; `llmtrain convert` makes a folder of it" if path.suffix == ".gguf" else "neither"
+        if (path / "adapter_config.json").is_file():
+            what = "an adapter alone; give the run that trained it, or merge it: llmtrain convert RUN FOLDER --to hf --merge"
         raise UserError(f"{path} is no run folder (config.yaml) and no Hugging Face folder (config.json): it is {what}")
 
 

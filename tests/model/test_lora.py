@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from llmtrain.config.lora import LoraConfig, adapted, adapter_parameters
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import flops_per_token, matmul_parameters
 from llmtrain.config.run import RunConfig
 from llmtrain.convert.adapters import is_adapter, merged
 from llmtrain.errors import UserError
@@ -104,6 +105,14 @@ def test_what_cannot_be_is_refused_by_name(changes, said):
     values = {"model": SHAPE | changes.get("model", {}), "lora": {"rank": 4} | changes.get("lora", {})}
     with pytest.raises(ValidationError, match=said):
         RunConfig.model_validate(values)
+
+
+def test_flops_are_those_of_the_products_that_are_made():
+    cfg, plain = ModelConfig.model_validate(SHAPE), ModelConfig.model_validate(SHAPE | {"layers": 3})
+    count = adapter_parameters(LoraConfig(rank=4), cfg)
+    blocks = matmul_parameters(cfg) + 61 * 64
+    assert flops_per_token(cfg, 8) - flops_per_token(cfg, 8, adapters=count) == 2 * blocks - 6 * count
+    assert flops_per_token(plain, 8, adapters=0) == flops_per_token(plain, 8)
 
 
 def test_a_family_without_such_projections_is_refused():

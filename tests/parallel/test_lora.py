@@ -20,16 +20,13 @@ LATENT = MODELS["latent MoE"]
 EXPERTS = {"lora": LORA | {"targets": ["q_up", "kv_down", "kv_up", "o"]}}
 PAIR = {"lora": LORA | {"targets": ["q", "v"]}}
 RUNS: dict[str, tuple[dict, dict, dict]] = {
-    "dp_shard 2": ({"dp_shard": 2}, BIASED, {}),
-    "dp_replicate 2, recomputed": ({"dp_replicate": 2}, BIASED, {"train": {"recompute": "full"}}),
+    "dp_shard 2": ({"dp_shard": 2}, BIASED, {"train": {"recompute": "full"}}),
     "tp 2": ({"tp": 2}, BIASED, {}),
-    "tp 2, one key head": ({"tp": 2}, ONE_HEAD, {}),
-    "tp 2, in pieces": ({"tp": 2, "tp_chunks": 2}, BIASED, {}),
+    "tp 2, one key head": ({"tp": 2, "tp_chunks": 2}, ONE_HEAD, {}),
     "tp 2, latent": ({"tp": 2}, LATENT, EXPERTS),
     "ep 2, latent": ({"dp_shard": 2, "ep": 2}, LATENT, EXPERTS),
     "pp 2, tied": ({"pp": 2}, BIASED, {"optim": {"offload": True}}),
-    "pp 2, backward in halves": ({"pp": 2, "virtual_stages": 1, "schedule": "zero_bubble"}, BIASED, {}),
-    "cp 2": ({"cp": 2}, BIASED, {}),
+    "pp 2, backward in halves": ({"pp": 2, "schedule": "zero_bubble"}, BIASED, {}),
     "cp 2, two targets": ({"cp": 2, "cp_kind": "ring"}, BIASED, PAIR),
 }
 """Mesh, model and options by name."""

@@ -16,7 +16,7 @@ from llmtrain.convert.adapters import is_adapter
 from llmtrain.convert.import_hf import model_config, read_weights
 from llmtrain.errors import UserError
 from llmtrain.ops import Mask
-from llmtrain.stages import sft
+from llmtrain.stages import pretrain, sft
 from llmtrain.stages.pretrained import check_base
 from llmtrain.tools import convert
 from llmtrain.tools.model_source import open_source
@@ -126,8 +126,17 @@ def test_converted_alone_and_merged(here, capsys):
             convert.main(words)
 
 
+def test_dry_run_counts_what_is_trained(here, capsys):
+    assert pretrain.main(["-c", "tune.yaml", "--dry-run"], verb="sft") == 0
+    out = capsys.readouterr().out
+    assert "adapters, which are trained" in out and f"{2 * 4 * (2 * 64 + 2 * 48 + 3 * 80):>18,}" in out
+    assert "not with adapters (lora.rank 4)" in out and "one step of a 2-layer miniature" in out
+
+
 def test_defaults_and_what_is_refused(here):
     given = {"model": {"pretrained": "base"}, "train": {"steps": 100}, "lora": {"rank": 4}}
     assert sft.settled(RunConfig.load(given)).optim.lr == 2e-4
+    with pytest.raises(UserError, match="an adapter alone; give the run that trained it"):
+        open_model("runs/whole/hf")
     with pytest.raises(UserError, match=r"give model\.pretrained"):
         check_base(RunConfig.load({"model": {"vocab_size": 9}, "lora": {"rank": 4}}))
