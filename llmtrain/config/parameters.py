@@ -118,7 +118,7 @@ def mtp_parameters(model: ModelConfig) -> int:
     return 2 * _norm_width(model) + 2 * model.hidden**2 + block
 
 
-def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
+def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = True, adapters: int = 0) -> float:
     """FLOPs of forward and backward pass per token, for MFU: 6 per matmul parameter, the head included, plus attention.
 
     Of a mixture of experts, those that a token goes to count. A head of multi-token prediction adds a projection, a block and another
@@ -130,11 +130,14 @@ def flops_per_token(model: ModelConfig, seq_len: int, *, causal: bool = True) ->
         causal: True counts the keys that a token may see, (S + 1) / 2 on average, fewer with a window. False counts all S of them
             whatever the mask, the convention of PaLM (arXiv 2204.02311, appendix B: 6 N + 12 L H Q T) and of Megatron-LM, which
             gives a higher MFU for the same speed. Recomputed activations count in neither.
+        adapters: parameters of adapters that are trained in the place of the weights, if any. Each counts 6, a frozen weight 4: it has no
+            gradient.
     """
     head, extra = _table(model), model.mtp.heads
     weights = matmul_parameters(model) + (1 + extra) * head + extra * 2 * model.hidden**2
     keys = mean_keys(model, seq_len) if causal else seq_len
-    return 6.0 * weights + 6.0 * (model.layers + extra) * model.attention.heads * (model.head_dim + model.value_head_dim) * keys
+    passes = 4.0 * weights + 6.0 * adapters if adapters else 6.0 * weights
+    return passes + 6.0 * (model.layers + extra) * model.attention.heads * (model.head_dim + model.value_head_dim) * keys
 
 
 def matmul_parameters(model: ModelConfig) -> int:

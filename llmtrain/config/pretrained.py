@@ -13,6 +13,7 @@ from llmtrain.config.layer import Layer
 from llmtrain.errors import UserError
 
 if TYPE_CHECKING:
+    from llmtrain.config.lora import LoraConfig
     from llmtrain.config.model import ModelConfig
 
 # What may differ from the stored model: where it starts does not matter any more, and RoPE is stretched on purpose.
@@ -57,6 +58,13 @@ def pretrained_tokenizer(path: str | Path) -> str | None:
         given = (_read_yaml(run / "config.yaml").get("tokenizer") or {}).get("path")
         return given if given and Path(given).exists() else _holding_tokenizer(run / "tokenizer")
     return _holding_tokenizer(path)
+
+
+def trained_adapters(run: Path) -> "LoraConfig":
+    """The adapters that the run in this folder trained; of rank 0 if none."""
+    from llmtrain.config.lora import LoraConfig
+
+    return LoraConfig.model_validate(_read_yaml(run / "config.yaml").get("lora") or {})
 
 
 def pretrained_layer(path: str) -> Layer:

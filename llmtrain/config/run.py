@@ -10,6 +10,7 @@ from llmtrain.config import train as t
 from llmtrain.config.base import Section
 from llmtrain.config.data import DataConfig, TokenizerConfig
 from llmtrain.config.gap import GapConfig
+from llmtrain.config.lora import LoraConfig, check_lora
 from llmtrain.config.metaladder import MetaLadderConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.pretrained import expand_run
@@ -31,6 +32,8 @@ class RunConfig(Section):
     """`auto` takes npu or cuda when one is usable, else cpu; or name one."""
     model: ModelConfig = ModelConfig()
     """The model's shape."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters beside frozen weights."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     data: DataConfig = DataConfig()
@@ -95,4 +98,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _memory_is_spared_once(self) -> "RunConfig":
         check_memory(self)
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> "RunConfig":
+        check_lora(self)
         return self

@@ -79,7 +79,7 @@ def export_hf(
         writer.write(_stored(_completed(weights, absent), places, dtype))
         _check_complete(writer.sizes, places)
         if tokenizer is not None:
-            _write_tokenizer(partial, tokenizer)
+            write_tokenizer(partial, tokenizer)
         if beside is not None:
             copy_companions(beside, partial)
         ids = _token_ids(tokenizer, beside)
@@ -132,7 +132,7 @@ def _check_complete(sizes: dict[str, int], places: Mapping[str, Counterpart]) ->
         raise UserError(f"export: {given:,} parameters were given, the model section describes {needed:,}; shapes differ from it")
 
 
-def _write_tokenizer(folder: Path, tokenizer) -> None:
+def write_tokenizer(folder: Path, tokenizer) -> None:
     """Copy the tokenizer and say how to read it where its own tokenizer_config.json does not come along."""
     file, config = tokenizer.copy_to(folder), folder / "tokenizer_config.json"
     if config.exists():

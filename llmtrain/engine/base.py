@@ -43,6 +43,8 @@ class Capabilities:
     """Mesh axes it runs."""
     dtypes: tuple[str, ...]
     """Compute formats it runs."""
+    adapters: bool = False
+    """Can train adapters beside frozen weights (`lora`)."""
 
 
 class Engine(Protocol):
@@ -112,5 +114,7 @@ def check_capabilities(engine: Engine, cfg) -> None:
             raise UserError(f"parallel.{axis} is {getattr(cfg.parallel, axis)}, but engine {kind} runs only {', '.join(can.axes)}")
     if cfg.precision.compute not in can.dtypes:
         raise UserError(f"precision.compute {cfg.precision.compute}: engine {kind} runs {', '.join(can.dtypes)}")
+    if cfg.lora.rank and not can.adapters:
+        raise UserError(f"lora.rank {cfg.lora.rank}: engine {kind} trains all weights; set lora.rank 0 or engine native")
     if not can.discard and "skip" in (cfg.guards.non_finite, cfg.guards.spike.action):
         raise UserError(f"engine {kind} cannot discard a step: set guards.non_finite to stop and guards.spike.action to count or off")

@@ -48,9 +48,9 @@ def build(cfg: RunConfig, *, objective: Callable[[dict], torch.Tensor], mesh: Me
             f"and precision.params ({precision.params}) alike"
         )
     stages = build_stages(cfg, mesh=mesh, device=device, ops=ops)
-    if cfg.model.pretrained is None:  # else the weights are read before the first step
-        for part in stages.parts.values():
-            initialise(part, cfg.model, cfg.seed)
+    for part in stages.parts.values():
+        # What is pretrained is read before the first step.
+        initialise(part, cfg.model, cfg.seed, adapters_only=cfg.model.pretrained is not None)
     return NativeEngine(cfg, stages=stages, objective=objective, mesh=mesh, device=device, ops=ops)
 
 
@@ -61,7 +61,8 @@ class NativeEngine:
         self.cfg, self.stages, self.objective, self.mesh, self.device = cfg, stages, objective, mesh, device
         self.parameters = stages.parameters
         optimizer = partial(HostOptimizer, copies=device.host_copies()) if cfg.optim.offload else LocalOptimizer
-        self.optimizer = optimizer(stages.parameters | stages.copies, cfg.optim, ops=ops)
+        trained = {name: parameter for name, parameter in (stages.parameters | stages.copies).items() if parameter.requires_grad}
+        self.optimizer = optimizer(trained, cfg.optim, ops=ops)
         self.placement = build_placement(cfg, stages=stages, optimizer=self.optimizer, mesh=mesh)
         self.steps_taken = 0
         self.loss_scale = LossScale(cfg.precision.loss_scale) if cfg.precision.compute == "fp16" else None
@@ -70,7 +71,7 @@ class NativeEngine:
 
     def capabilities(self) -> Capabilities:
         """Every axis, every format; steps can be discarded."""
-        return Capabilities(discard=True, axes=AXES, dtypes=("fp64", "fp32", "bf16", "fp16"))
+        return Capabilities(discard=True, axes=AXES, dtypes=("fp64", "fp32", "bf16", "fp16"), adapters=True)
 
     # --- a step -------------------------------------------------------------------------------------------------------------------
 
@@ -267,7 +268,7 @@ class NativeEngine:
         state = {"step": torch.tensor(self.steps_taken, dtype=torch.int64)}
         moments = self.optimizer.moments
         for name, parameter in self.parameters.items():
-            parts = local_tensor(parameter.detach()), *moments[name]
+            parts = local_tensor(parameter.detach()), *moments.get(name, ())  # frozen ones have none
             for kind, part in zip(("weight", "exp_avg", "exp_avg_sq"), parts):
                 state[f"{name}.{kind}"] = canonical(parameter, part, self.mesh)
         for part in self.stages.parts.values():

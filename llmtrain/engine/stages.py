@@ -15,6 +15,7 @@ from llmtrain.engine.micro_batch import MicroBatch
 from llmtrain.layout.balance import Groups
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.model import family
+from llmtrain.model.lora import add_adapters
 from llmtrain.ops import Ops
 from llmtrain.parallel.apply import apply, stage_models
 from llmtrain.parallel.compile import decide
@@ -36,7 +37,14 @@ def build_stages(cfg: RunConfig, *, mesh: Mesh, device: Device, ops: Ops) -> "St
     plan = PipelinePlan.from_config(cfg) if shape.pp > 1 else None
     compiled = decide(cfg, kind=device.kind, ranks=mesh.world).on
     params = torch_dtype(cfg.precision.params)
-    parts = stage_models(lambda: family.build(cfg.model, ops, cfg.train.loss_chunk).to(params), plan=plan, rank=mesh.place("pp"))
+
+    def whole() -> nn.Module:
+        model = family.build(cfg.model, ops, cfg.train.loss_chunk).to(params)
+        if cfg.lora.rank:
+            add_adapters(model, cfg.lora)
+        return model
+
+    parts = stage_models(whole, plan=plan, rank=mesh.place("pp"))
     partial = [apply(part, cfg, mesh=mesh, device=device, cp=cp, compiled=compiled) for part in parts.values()]
     return Stages(cfg, parts, partial, mesh=mesh, device=device, cp=cp, plan=plan, compiled=compiled)
 
@@ -56,7 +64,7 @@ class _Sizes:
 
 
 class Stages:
-    """The models of this rank by stage number, and their parameters by canonical name.
+    """The models of this rank by stage number, and their parameters by canonical name, frozen ones included.
 
     `copies` holds a parameter that stands for one of another stage; `partial` names the parameters whose gradients are to be summed
     over tp.
@@ -108,12 +116,12 @@ class Stages:
         copy = self.embedding_copy
         if copy is None:
             return
-        triples = [
-            None if p is None else (local_tensor(p.detach()), *moments[name])
+        tensors = [
+            None if p is None else (local_tensor(p.detach()), *moments.get(name, ()))
             for p, name in ((copy.original, "embedding.weight"), (copy.copy, COPY))
         ]
-        for at in range(3):
-            copy.take_over(*(None if triple is None else triple[at] for triple in triples))
+        for at in range(max(len(held) for held in tensors if held is not None)):  # a frozen one has no moments
+            copy.take_over(*(None if held is None else held[at] for held in tensors))
 
     def _call(self, stage: int, micro: MicroBatch, entered: Tensor | None, *, targets: bool) -> dict[str, Tensor]:
         model = self.parts[stage]

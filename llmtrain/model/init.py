@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.convert.adapters import A, is_adapter
 from llmtrain.convert.placed import held
 from llmtrain.model.draw import normals
 
@@ -57,22 +58,28 @@ def post_norm_gamma(cfg: ModelConfig, branch: str) -> float:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
+def initialise(model: nn.Module, cfg: ModelConfig, seed: int, *, adapters_only: bool = False) -> None:
     """Fill every parameter (plain or DTensor) from (seed, canonical name, element index).
 
     Each rank draws only the elements that it holds, on the CPU. Biases, and buffers, are 0, norm gammas 1, depth-scaled post norms
-    c / sqrt(L); a family's own `initial(name)` comes first. Raises ValueError for a parameter still on meta.
+    c / sqrt(L); a family's own `initial(name)` comes first. Adapters begin at A of std 1 / sqrt(3 inputs), the one of PEFT's uniform
+    numbers, and B 0, so that they add nothing; with `adapters_only` nothing else is filled. Raises ValueError for a parameter on meta.
     """
     for raw_name, param in model.named_parameters():
         name = canonical_name(raw_name)
         if param.is_meta:
             raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) before initialise")
+        if is_adapter(name):
+            _fill_normal(param, seed, name, 1 / math.sqrt(3 * param.shape[1]) if name.endswith(A) else 0.0)
+            continue
+        if adapters_only:
+            continue
         own = model.initial(name) if hasattr(model, "initial") else None
         if param.ndim > 1 and not name.endswith("_bias"):
             _fill_normal(param, seed, name, matrix_std(cfg, name) if own is None else own)
         else:
             _local(param).fill_(_vector_value(cfg, name) if own is None else own)
-    for buffer in model.buffers():  # biases of routers
+    for buffer in () if adapters_only else model.buffers():  # biases of routers
         buffer.zero_()
 
 

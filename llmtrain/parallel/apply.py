@@ -49,7 +49,7 @@ def stage_models(build: Callable[[], nn.Module], *, plan: PipelinePlan | None, r
 def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: ContextParallel | None, compiled: bool) -> set[str]:
     """Make `model` (on meta) run on its part of the mesh, and give it memory; parameter names do not change.
 
-    Returns the names of the parameters whose gradients are partial sums over tp.
+    Returns the names of the trained parameters whose gradients are partial sums over tp.
     """
     names = [name for name, _ in model.named_parameters()]
     shape, parallel, precision = mesh.shape, cfg.parallel, cfg.precision
@@ -63,7 +63,8 @@ def apply(model: nn.Module, cfg: RunConfig, *, mesh: Mesh, device: Device, cp: C
         kind = chosen.ep.name if chosen.ep else "all_to_all"
         apply_ep(model, expert_mesh=mesh.experts, tp_group=mesh.group("tp"), kind=kind, nodes=mesh.nodes)
     apply_capacity(model, tp_group=mesh.group("tp"), cp=cp)
-    partial = {name for name, parameter in model.named_parameters() if shape.tp > 1 and partial_over_tp(parameter)}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    partial = {name for name, parameter in trained.items() if shape.tp > 1 and partial_over_tp(parameter)}
     if compiled:
         apply_compile(model)
     sharded = shape.shares_parameters

@@ -35,6 +35,10 @@ def check_parallel(cfg: RunConfig, shape: MeshShape, plan: StepPlan, *, device: 
                 f"train.recompute selective: torch allows its blocks one backward pass, which parallel.schedule {cfg.parallel.schedule} "
                 f"makes in two halves; name modules (train.recompute: [norms, activation]), or take full"
             )
+        if cfg.lora.rank and (empty := [stage for stage in range(pipeline.stages) if not pipeline.blocks(stage)]):
+            raise UserError(
+                f"lora.rank {cfg.lora.rank}: stages {empty} hold no block and so no adapter to train; set parallel.layers_per_stage"
+            )
         for segment in plan.segments:
             pipeline.schedule(segment.batch // (shape.dp * segment.phase.micro_batch))
     elif cfg.parallel.virtual_stages > 1:

@@ -31,7 +31,7 @@ def choices(cfg: RunConfig, shape: MeshShape, *, device: str, hardware: str | No
     dtype, parallel = torch_dtype(cfg.precision.compute), cfg.parallel
     tp = ep = None
     if shape.tp > 1:
-        sums = lengths_of_sums(cfg.model, shape.tp)
+        sums = tuple(sorted({*lengths_of_sums(cfg.model, shape.tp), *([cfg.lora.rank] if cfg.lora.rank else [])}))
         tp = choose_implementation(parallel.tp_kind, Demand(device, shape.tp, sums, dtype, hardware))
     if shape.ep > 1:
         kind = "all_to_all" if parallel.overlap_micro_batches and parallel.ep_kind == "auto" else parallel.ep_kind

@@ -163,7 +163,7 @@ def _shard_weights(experts: Experts, mesh: DeviceMesh, axes: list[str]) -> None:
     for name, parameter in list(experts.named_parameters()):
         placements = [Shard(0) if axis == "ep" else _BY_WIDTH[name] for axis in axes]
         sharded = distribute_tensor(parameter.detach(), mesh[tuple(axes)], placements, src_data_rank=None)
-        experts.register_parameter(name, nn.Parameter(sharded))
+        experts.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
 
 def _local(experts: Experts, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,6 @@
 """Carries out the action lists of `layout/schedule.py`: the stages of a pipeline, micro-batch by micro-batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -161,7 +161,7 @@ class _Run:
         else:
             slopes = None if slope is None else [slope]
             left = kept.left.clone() if is_view(kept.left) else kept.left  # torch detaches it in place, which views do not allow
-            _, groups = halves[0]([left], slopes, [kept.entered], self.pipeline.parts[stage].parameters())
+            _, groups = halves[0]([left], slopes, [kept.entered], self._trained(stage))
             self._weights[stage, micro] = partial(self._backward_groups, stage, groups, halves[1])
         self._hand_back(stage, micro, kept)
 
@@ -173,7 +173,10 @@ class _Run:
         # A parameter that is used several times, as a norm by heads that look ahead, is reached through what lies between its uses, which
         # other parameters need again.
         again = any(len(group["intermediates"]) > 1 for group in groups)
-        for_weights(self.pipeline.parts[stage].parameters(), groups, retain_graph=again)
+        for_weights(self._trained(stage), groups, retain_graph=again)
+
+    def _trained(self, stage: int) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.pipeline.parts[stage].parameters() if parameter.requires_grad)
 
     def _hand_back(self, stage: int, micro: int, kept: _Kept) -> None:
         if kept.entered is not None:

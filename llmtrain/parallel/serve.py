@@ -20,6 +20,7 @@ from llmtrain.layout.stages import split_layers
 from llmtrain.model.attention import Attention
 from llmtrain.model.moe import MoE
 from llmtrain.model.transformer import cut
+from llmtrain.parallel.adapted import own_rows
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.hang.where import Begun, device_wait, recorded, watch_layers
 from llmtrain.parallel.mesh import Mesh
@@ -139,8 +140,8 @@ class _WholeSequence(Splitter):
                 self.feed_forward(layer.shared)
 
     def qkv(self, attention: nn.Module, kv_rows: slice | None, x: Tensor) -> tuple[Tensor, ...]:
-        weights, biases = self.attention_weights(attention, kv_rows)
-        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
+        projections = zip((attention.q_proj, attention.k_proj, attention.v_proj), (None, kv_rows, kv_rows))
+        return tuple(F.linear(x, own_rows(proj.weight, rows), own_rows(proj.bias, rows)) for proj, rows in projections)
 
     def widen(self, attention: nn.Module, queries: Tensor, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights = (local_tensor(proj.weight) for proj in (attention.q_up_proj, attention.kv_up_proj))

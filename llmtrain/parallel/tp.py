@@ -18,12 +18,12 @@ from llmtrain.model.attention import Attention
 from llmtrain.model.ffn import GELU, SwiGLU
 from llmtrain.model.head import Head
 from llmtrain.model.mla import LatentAttention
+from llmtrain.parallel.adapted import gather_matmul, matmul_scatter
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.parallel.ops import (
     all_gather_matmul,
     all_gather_sequence,
     gather_vocabulary,
-    matmul_reduce_scatter,
     vocab_cross_entropy,
     vocab_embedding,
 )
@@ -106,7 +106,7 @@ class Splitter:
 
     def split(self, module: nn.Module, name: str, dim: int) -> None:
         """Make the parameter a DTensor that is sharded along `dim`; nothing for one that the module does not have."""
-        whole = getattr(module, name)
+        whole = getattr(module, name, None)
         if whole is None:
             return
         if whole not in self.whole_to_split:
@@ -114,14 +114,23 @@ class Splitter:
             self.whole_to_split[whole] = nn.Parameter(sharded, requires_grad=whole.requires_grad)
         module.register_parameter(name, self.whole_to_split[whole])
 
+    def columns(self, proj: nn.Linear) -> None:
+        """Split a projection by what it gives. The narrow side of an adapter stays whole."""
+        for name in ("weight", "bias", "lora_b"):
+            self.split(proj, name, 0)
+
+    def rows(self, proj: nn.Linear) -> None:
+        """Split a projection by what it takes."""
+        for name in ("weight", "lora_a"):
+            self.split(proj, name, 1)
+
     def attention(self, attention: Attention) -> None:
         """Split by heads. Key/value heads that are fewer than ranks stay whole, and each rank computes the one that it needs."""
         kv_heads = attention.k_proj.out_features // attention.head_dim
         columns = [attention.q_proj] if kv_heads < self.mesh.size() else [attention.q_proj, attention.k_proj, attention.v_proj]
         for proj in columns:
-            self.split(proj, "weight", 0)
-            self.split(proj, "bias", 0)
-        self.split(attention.out_proj, "weight", 1)
+            self.columns(proj)
+        self.rows(attention.out_proj)
         kv_rows = None
         if kv_heads < self.mesh.size():
             head = self.group.rank() * kv_heads // self.mesh.size()
@@ -131,29 +140,21 @@ class Splitter:
 
     def qkv(self, attention: Attention, kv_rows: slice | None, x: Tensor) -> tuple[Tensor, ...]:
         """x [B,S/t,D] -> queries [B,S,H/t*d], keys and values [B,S,K/t*d], at least one head."""
-        return tuple(all_gather_matmul(x, *self.attention_weights(attention, kv_rows), **self.fused))
-
-    def attention_weights(self, attention: Attention, kv_rows: slice | None) -> tuple[list[Tensor], list[Tensor | None]]:
-        """This rank's weights and biases of queries, keys and values."""
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weights, biases = ([local_tensor(getattr(proj, part)) for proj in projections] for part in ("weight", "bias"))
-        if kv_rows is not None:
-            weights[1:] = [weight[kv_rows] for weight in weights[1:]]
-            biases[1:] = [None if bias is None else bias[kv_rows] for bias in biases[1:]]
-        return weights, biases
+        return tuple(gather_matmul(x, projections, rows=(None, kv_rows, kv_rows), **self.fused))
 
     def latent_attention(self, attention: LatentAttention) -> None:
         """Split by heads from the narrow vectors on; what makes these stays whole and sees S/t positions."""
         for proj in (attention.q_up_proj, attention.kv_up_proj):
-            self.split(proj, "weight", 0)
-        self.split(attention.out_proj, "weight", 1)
+            self.columns(proj)
+        self.rows(attention.out_proj)
         attention.widen = partial(self.widen, attention)
         attention.output = partial(self.attention_output, attention)
 
     def widen(self, attention: LatentAttention, queries: Tensor, latent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B,S/t,..] each -> queries [B,S,H/t*d], keys with values [B,S,H/t*(nope+dv)], rotated keys [B,S,rope]."""
-        (q,) = all_gather_matmul(queries, [local_tensor(attention.q_up_proj.weight)], **self.fused)
-        (kv,) = all_gather_matmul(latent, [local_tensor(attention.kv_up_proj.weight)], **self.fused)
+        (q,) = gather_matmul(queries, [attention.q_up_proj], **self.fused)
+        (kv,) = gather_matmul(latent, [attention.kv_up_proj], **self.fused)
         return q, kv, all_gather_sequence(shared, self.group)
 
     def attention_output(self, attention: Attention, out: Tensor) -> Tensor:
@@ -163,20 +164,18 @@ class Splitter:
     def feed_forward(self, ffn: nn.Module) -> None:
         """Split by the hidden width F."""
         for proj in ffn.expanding():
-            self.split(proj, "weight", 0)
-            self.split(proj, "bias", 0)
-        self.split(ffn.down_proj, "weight", 1)
+            self.columns(proj)
+        self.rows(ffn.down_proj)
         ffn.forward = partial(self.run_feed_forward, ffn)
 
     def run_feed_forward(self, ffn: nn.Module, x: Tensor) -> Tensor:
         """[B,S/t,D] -> [B,S/t,D]; in between the order of positions does not matter."""
-        weights, biases = ([local_tensor(getattr(proj, part)) for proj in ffn.expanding()] for part in ("weight", "bias"))
-        hidden = ffn.activate(*all_gather_matmul(x, weights, biases, ordered=False, **self.fused))
+        hidden = ffn.activate(*gather_matmul(x, ffn.expanding(), ordered=False, **self.fused))
         return self._back(ffn.down_proj, hidden, batch=x.shape[0])
 
     def _back(self, proj: nn.Linear, x: Tensor, **order: int) -> Tensor:
         """A projection split by rows; its bias is added once, after the sum."""
-        out = matmul_reduce_scatter(x, local_tensor(proj.weight), **order, **self.fused)
+        out = matmul_scatter(x, proj, **order, **self.fused)
         return out if proj.bias is None else out + local_tensor(proj.bias)
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:

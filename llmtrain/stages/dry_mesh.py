@@ -83,21 +83,27 @@ def build_role(cfg: RunConfig, shape: MeshShape, rank: int) -> Role:
         _check_own_groups(mesh)
         stages = build_stages(quiet, mesh=mesh, device=device, ops=resolve({}, op_call(cfg, device)))
         held = {name: local_tensor(p).numel() for name, p in (stages.parameters | stages.copies).items()}
-        if cfg.model.family == "transformer":
+        if in_closed_form(cfg):
             _check_sizes(cfg, shape, rank, held)
         elements = sum(held.values())
+        trained = sum(held[name] for name, p in (stages.parameters | stages.copies).items() if p.requires_grad)
         return Role(
             pp=mesh.place("pp"),
             stages=tuple((stage, len(part.blocks)) for stage, part in stages.parts.items()),
             ends=tuple(sorted({name.split(".")[0] for name in held} - {"blocks"})),
             parameters=elements,
             partial=sum(held[name] for name in stages.partial),
-            state_bytes=elements * bytes_per_element(cfg),
+            state_bytes=trained * bytes_per_element(cfg) + (elements - trained) * BYTES[cfg.precision.params],
         )
 
 
+def in_closed_form(cfg: RunConfig) -> bool:
+    """Whether `layout/` knows the parts that ranks hold and send: of the built-in transformer, all of which is trained."""
+    return cfg.model.family == "transformer" and not cfg.lora.rank
+
+
 def bytes_per_element(cfg: RunConfig) -> int:
-    """Of a parameter, its gradient and its two moments."""
+    """Of a trained parameter, its gradient and its two moments."""
     precision = cfg.precision
     return BYTES[precision.params] + BYTES[precision.params] + 2 * BYTES[precision.optimizer]
 

@@ -12,7 +12,7 @@ from llmtrain.layout.schedule import bubble
 from llmtrain.layout.stages import costs
 from llmtrain.layout.steps import Segment, StepPlan
 from llmtrain.layout.traffic import Row, traffic
-from llmtrain.stages.dry_mesh import Role, build_roles, check_groups
+from llmtrain.stages.dry_mesh import Role, build_roles, check_groups, in_closed_form
 
 GIB = 2**30
 SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
@@ -45,13 +45,14 @@ def dry_mesh(cfg: RunConfig, plan: StepPlan, shape: MeshShape) -> None:
     print(f"mesh of {shape.world:,} ranks: {shape.describe()}")
     _print_groups(shape)
     started, first = time.monotonic(), plan.segments[0]
-    known = cfg.model.family == "transformer"
+    known = in_closed_form(cfg)
     built = [Built(rank, role, tuple(traffic(cfg, shape, first, rank=rank)) if known else ()) for rank, role in build_roles(cfg, shape)]
     seconds = time.monotonic() - started
     print(f"roles: {len(built)} ranks built on meta in {seconds:.0f} s, all of pp x tp at the first and the last data-parallel rank")
     _print_roles(shape, built)
     if not known:
-        print(f"  the bytes of a step are known for the built-in transformer, not for model.family {cfg.model.family}")
+        why = f"with adapters (lora.rank {cfg.lora.rank})" if cfg.lora.rank else f"for model.family {cfg.model.family}"
+        print(f"  the bytes of a step are known for the built-in transformer, not {why}")
         return
     _print_step(first, max(built, key=lambda one: one.sent), shape)
     if shape.pp > 1:

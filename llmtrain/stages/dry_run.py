@@ -6,6 +6,7 @@ import torch
 
 from llmtrain.config.attention import AttentionConfig, MLAConfig
 from llmtrain.config.ffn import FFNConfig, MoEConfig
+from llmtrain.config.lora import adapter_parameters
 from llmtrain.config.memory import memory_estimate
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters, worth_saying
@@ -52,6 +53,8 @@ def dry_run(cfg: RunConfig) -> int:
         print(f"  {phase.name}: {phase.steps:,} steps x {phase.seq_len:,} tokens, RoPE base {phase.rope_base:g}, peak lr {phase.peak_lr:g}")
     for part, count in worth_saying(count_parameters(cfg.model)).items():
         print(f"  {part:28s} {count:>18,}")
+    if adapters := adapter_parameters(cfg.lora, cfg.model):
+        print(f"  {'adapters, which are trained':28s} {adapters:>18,}")
     for part, size in memory_estimate(cfg, world=shape.world).items():
         print(f"  {part:28s} {size / 2**30:>14.2f} GiB a rank")
     built = _count_on_meta(cfg)

@@ -50,6 +50,7 @@ def preflight(cfg: RunConfig) -> int:
     from llmtrain.device import select
     from llmtrain.model.family import check_family
     from llmtrain.parallel.check import check_parallel
+    from llmtrain.stages.pretrained import check_base
     from llmtrain.stages.results import check_export
     from llmtrain.stages.session import ranks_wanted
     from llmtrain.train.stopping import StopRequest
@@ -57,6 +58,7 @@ def preflight(cfg: RunConfig) -> int:
     device = select(cfg.device)  # refuses a device that is not usable here
     check_family(cfg.model.family)
     check_export(cfg)
+    check_base(cfg)
     ranks = ranks_wanted(cfg)
     check_parallel(with_vocabulary(cfg), MeshShape.from_config(cfg.parallel, world=ranks), plan, device=device.kind)
     with StopRequest(cfg.guards):  # refuses a deadline that has passed
@@ -70,7 +72,7 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
     """
     from llmtrain.model.objective import cross_entropy
     from llmtrain.parallel.check import check_parallel
-    from llmtrain.stages.pretrained import loader
+    from llmtrain.stages.pretrained import check_base, loader
     from llmtrain.stages.results import check_export
     from llmtrain.stages.session import session
     from llmtrain.stages.source_check import check_sources
@@ -82,6 +84,7 @@ def run(cfg: RunConfig, *, objective: Callable[[dict], Any] | None = None) -> in
 
     cfg = with_vocabulary(cfg)
     check_export(cfg)
+    check_base(cfg)
     plan = StepPlan.from_config(cfg)
     with StopRequest(cfg.guards) as stop, session(cfg) as s:
         check_parallel(cfg, s.mesh.shape, plan, device=s.device.kind)

@@ -4,14 +4,22 @@ import time
 from collections.abc import Callable
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.pretrained import conflicts, departures, run_folder, stored_model
+from llmtrain.config.pretrained import conflicts, departures, run_folder, stored_model, trained_adapters
+from llmtrain.config.run import RunConfig
 from llmtrain.config.train import CheckpointConfig
+from llmtrain.convert.adapters import is_adapter
 from llmtrain.convert.import_hf import left_out, load_into
 from llmtrain.convert.shapes import keeps_format
 from llmtrain.engine.base import Engine
 from llmtrain.errors import UserError
 from llmtrain.stages.session import Session
 from llmtrain.train.checkpoint import Checkpointer
+
+
+def check_base(cfg: RunConfig) -> None:
+    """Raise UserError for adapters beside weights that nobody has trained."""
+    if cfg.lora.rank and cfg.model.pretrained is None:
+        raise UserError(f"lora.rank {cfg.lora.rank} trains adapters of a model that exists: give model.pretrained, or lora.rank 0")
 
 
 def loader(s: Session, engine: Engine) -> Callable[[], None] | None:
@@ -30,7 +38,7 @@ def load_pretrained(s: Session, engine: Engine) -> None:
     if s.mesh.rank == 0:
         s.console.message(f"reading the weights of {model.pretrained}")
     state, stored = engine.state(), stored_model(model)
-    read = _without_new_biases(state, model, stored)
+    read = _without_new_biases({key: tensor for key, tensor in state.items() if not is_adapter(key.rpartition(".")[0])}, model, stored)
     if run := run_folder(model.pretrained):
         _load_native(model.pretrained, run, read)
     else:
@@ -55,6 +63,11 @@ def _without_new_biases(state: dict, model: ModelConfig, stored: ModelConfig) ->
 
 
 def _load_native(path: str, run, state: dict) -> None:
+    if trained_adapters(run).rank:
+        raise UserError(
+            f"model.pretrained: {path} is a run that trained adapters; add them to its weights first: "
+            f"llmtrain convert {path} FOLDER --to hf --merge"
+        )
     checkpointer = Checkpointer(run, CheckpointConfig(), writable=False)
     found = checkpointer.find("auto" if run.samefile(path) else path)
     if found is None:

@@ -7,19 +7,25 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
+from llmtrain.config.lora import adapted
 from llmtrain.config.run import RunConfig
+from llmtrain.convert.adapters import is_adapter, merged
 from llmtrain.engine.base import Engine
 from llmtrain.layout.steps import StepPlan
 from llmtrain.parallel.hang.where import recorded
 from llmtrain.parallel.mesh import Mesh
 
 
-def full_weights(engine: Engine, mesh: Mesh, *, everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(
+    engine: Engine, mesh: Mesh, *, everywhere: bool = False, adapters_only: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(canonical name, whole tensor on the CPU) one at a time: all of the model on rank 0, on others those of their pipeline stages.
 
     `everywhere`: all of the model on every rank. All ranks must go through it together.
     """
     mine = {key.removesuffix(".weight"): tensor for key, tensor in engine.state().items() if key.endswith(".weight")}
+    if adapters_only:
+        mine = {name: tensor for name, tensor in mine.items() if is_adapter(name)}
     held = mesh.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()})
     for name, (shape, dtype) in {name: form for part in held for name, form in part.items()}.items():
         whole = mine.get(name)
@@ -71,18 +77,27 @@ def check_export(cfg: RunConfig) -> None:
 
 
 def export(s, engine: Engine) -> Path | None:
-    """The final weights as a Hugging Face folder `hf/` in the run folder, if checkpoint.export asks for it. Called by all ranks."""
+    """The final weights as a Hugging Face folder `hf/` in the run folder, if checkpoint.export asks for it. Called by all ranks.
+
+    Of a run that trains adapters these alone, as PEFT stores them, or the model with them added (lora.merge).
+    """
     if s.cfg.checkpoint.export == "none":
         return None
     from llmtrain.convert.export import export_hf
+    from llmtrain.convert.peft import export_peft
     from llmtrain.data.tokenizer import load
 
-    target, weights = s.folder.path / "hf", full_weights(engine, s.mesh)
+    model, lora = s.cfg.model, s.cfg.lora
+    apart = lora.rank > 0 and not lora.merge
+    target, weights = s.folder.path / "hf", full_weights(engine, s.mesh, adapters_only=apart)
     try:
         if s.mesh.rank == 0:
             tokenizer = load(s.cfg.tokenizer.path, s.cfg.tokenizer.kind) if s.cfg.tokenizer.path else None
-            rope_base = StepPlan.from_config(s.cfg).phases[-1].rope_base
-            export_hf(target, s.cfg.model, weights, tokenizer=tokenizer, rope_base=rope_base)
+            if apart:
+                export_peft(target, model, lora, weights, tokenizer=tokenizer)
+            else:
+                whole = merged(weights, set(adapted(lora, model)), lora.scale) if lora.rank else weights
+                export_hf(target, model, whole, tokenizer=tokenizer, rope_base=StepPlan.from_config(s.cfg).phases[-1].rope_base)
     finally:
         for _ in weights:  # the other ranks gather with this one, even if it could not write
             pass

@@ -16,6 +16,8 @@ from llmtrain.stages import pretrain
 
 EPOCHS = 2.0
 LR = 2e-5
+LR_OF_ADAPTERS = 2e-4
+"""QLoRA's for models of up to 13 billion parameters (arXiv 2305.14314, table 9)."""
 WARMUP = 0.03
 """Share of the steps."""
 
@@ -26,11 +28,12 @@ def main(argv: list[str]) -> int:
 
 
 def settled(cfg: RunConfig) -> RunConfig:
-    """`cfg` with the defaults of fine-tuning where nothing else was said: 2 epochs, lr 2e-5, no weight decay, 3% of the steps warm-up."""
+    """`cfg` with the defaults of fine-tuning where nothing else was said: 2 epochs, lr 2e-5 (2e-4 for adapters), no weight decay, 3% of the
+    steps warm-up."""
     train, optim, schedule = cfg.train, cfg.optim, cfg.schedule
     if train.steps is None and train.tokens is None and train.epochs is None and not train.phases:
         train = train.model_copy(update={"epochs": EPOCHS})
-    optim = _with_defaults(optim, lr=LR, weight_decay=0.0)
+    optim = _with_defaults(optim, lr=LR_OF_ADAPTERS if cfg.lora.rank else LR, weight_decay=0.0)
     cfg = pretrain.settled(cfg.model_copy(update={"train": train, "optim": optim}))
     if cfg.train.steps is not None:
         schedule = _with_defaults(schedule, warmup_steps=math.ceil(WARMUP * cfg.train.steps))

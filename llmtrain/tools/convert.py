@@ -15,12 +15,18 @@ from typing import Any
 
 import torch
 
+from llmtrain.config.lora import adapter_parameters
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.pretrained import run_folder
+from llmtrain.convert.adapters import is_adapter
 from llmtrain.convert.export import export_hf
 from llmtrain.convert.folders import whole_folder
 from llmtrain.convert.import_hf import left_out
+from llmtrain.convert.peft import export_peft
 from llmtrain.convert.shapes import keeps_format
 from llmtrain.device.dtypes import DTYPES
 from llmtrain.errors import UserError
+from llmtrain.tools.history import read_config
 from llmtrain.tools.model_source import ModelSource, open_source
 from llmtrain.tools.native_model import write_native
 from llmtrain.tools.verify_model import compare, reference_of, require_transformers, round_weights
@@ -35,10 +41,15 @@ def main(argv: list[str]) -> int:
     _check_destination(Path(options.source), destination, force=options.force)
     started = time.perf_counter()
     with open_source(options.source) as source:
+        apart = _apart(source, options)
         if options.verify:
             _check_verifiable(source, options.to)
         with _progress(source) as seen:
-            if options.to == "hf":
+            if apart:
+                adapters = ((name, source.adapters.read(name)) for name in source.adapters.names if is_adapter(name))
+                beside = {"tokenizer": source.tokenizer, "companions": source.companions}
+                export_peft(destination, _with_base(source), source.lora, adapters, dtype=dtype, **beside)
+            elif options.to == "hf":
                 _to_hf(source, destination, dtype, shard_bytes=_bytes(options.shard_size), seen=seen)
             else:
                 with whole_folder(destination) as partial:
@@ -46,7 +57,8 @@ def main(argv: list[str]) -> int:
         seconds = time.perf_counter() - started
         if source.kind == "hf" and (note := left_out(source.path, source.cfg)):
             print(note, file=sys.stderr)
-        print(f"{destination}: {source.parameters:,} parameters of {source.path} ({source.kind}), written in {seconds:.1f} s")
+        count = adapter_parameters(source.lora, source.cfg) if apart else source.parameters
+        print(f"{destination}: {count:,} parameters of {source.path} ({source.kind}), written in {seconds:.1f} s")
         if options.verify:
             _verify(source, destination, to=options.to, dtype=dtype)
     return 0
@@ -59,10 +71,31 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("destination", metavar="DST", help="the folder to write")
     words.add_argument("--to", choices=("native", "hf"), required=True, help="native: a run folder with weights; hf: a Hugging Face folder")
     words.add_argument("--dtype", choices=tuple(DTYPES), help="store the weights in this format (as they are)")
+    words.add_argument(
+        "--merge", action="store_true", help="of a run that trained adapters, the model with these added, not a PEFT adapter"
+    )
     words.add_argument("--verify", action="store_true", help="compare the logits with those of transformers, in fp32")
     words.add_argument("--shard-size", default="5GB", help="largest safetensors file, with --to hf (5GB)")
     words.add_argument("--force", action="store_true", help="replace DST if it is a model's folder")
     return words
+
+
+def _apart(source: ModelSource, options: argparse.Namespace) -> bool:
+    """Whether a run's adapters are to be written alone."""
+    if source.lora is None or options.merge:
+        if options.merge and source.lora is None:
+            raise UserError(f"--merge: {source.path} holds no adapters; leave it out")
+        return False
+    if options.to == "native" or options.verify:
+        word = "--verify" if options.verify else "--to native"
+        raise UserError(f"{source.path} trained adapters (lora.rank {source.lora.rank}), and {word} takes a whole model: give --merge too")
+    return True
+
+
+def _with_base(source: ModelSource) -> ModelConfig:
+    """The model, with the name of what its adapters stand beside."""
+    cfg = read_config(run_folder(source.path))
+    return source.cfg.model_copy(update={"pretrained": cfg.model.pretrained})
 
 
 def _to_hf(source: ModelSource, folder: Path, dtype: torch.dtype | None, *, shard_bytes: int, seen: Callable[[int], None]) -> None:
@@ -117,7 +150,7 @@ def _check_destination(source: Path, destination: Path, *, force: bool) -> None:
         return
     if source.exists() and source.resolve() in (destination.resolve(), *destination.resolve().parents):
         raise UserError(f"{destination} is SRC or lies in it; name another folder")
-    model = any((destination / name).is_file() for name in ("config.json", "config.yaml"))
+    model = any((destination / name).is_file() for name in ("config.json", "config.yaml", "adapter_config.json"))
     if not force or not model:
         hint = "--force replaces it" if model else "it is no model's folder, so --force would not replace it either; name another one"
         raise UserError(f"{destination} exists; {hint}")

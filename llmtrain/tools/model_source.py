@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from llmtrain.config.lora import LoraConfig, adapted
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.pretrained import pretrained_tokenizer, pretrained_values, run_folder
+from llmtrain.config.pretrained import pretrained_tokenizer, pretrained_values, run_folder, trained_adapters
 from llmtrain.config.train import CheckpointConfig
+from llmtrain.convert.adapters import A, B, added, is_adapter
 from llmtrain.convert.companions import copy_companions, token_ids, write_generation
 from llmtrain.convert.gguf import read_gguf
 from llmtrain.convert.hf_read import CONFIG, model_config
@@ -56,6 +58,9 @@ class ModelSource:
     """A run's tokenizer, whose file may have any name."""
     reference: Any = None
     """transformers' own model, where reading needed it."""
+    lora: LoraConfig | None = None
+    """What adapters a run trained; None without. They are added to `tensors`, and stand on their own in `adapters`."""
+    adapters: Tensors | None = None
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """(canonical name, whole tensor), one at a time."""
@@ -118,15 +123,33 @@ class _Checkpoint:
         return state[f"{name}.weight"]
 
 
+class _Merged:
+    """Weights of a checkpoint with their adapters added."""
+
+    def __init__(self, stored: _Checkpoint, lora: LoraConfig, cfg: ModelConfig):
+        self._stored, self._scale, self._adapted = stored, lora.scale, set(adapted(lora, cfg))
+        self.names = [name for name in stored.names if not is_adapter(name)]
+        self.describe = stored.describe
+
+    def read(self, name: str) -> torch.Tensor:
+        weight, (projection, _, kind) = self._stored.read(name), name.rpartition(".")
+        if kind != "weight" or projection not in self._adapted:
+            return weight
+        return added(weight, *(self._stored.read(f"{projection}.{matrix}") for matrix in (A, B)), self._scale)
+
+
 def _native(path: Path, run: Path) -> ModelSource:
     found = Checkpointer(run, CheckpointConfig(), writable=False).find("auto" if run.samefile(path) else str(path))
     if found is None:
         raise UserError(f"{path} has no complete checkpoint")
-    cfg = ModelConfig.model_validate(pretrained_values(found))
+    cfg, lora = ModelConfig.model_validate(pretrained_values(found)), trained_adapters(run)
     tokenizer = pretrained_tokenizer(path)
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     companions = None if loaded is None else loaded.path.parent
-    return ModelSource(path, "native", cfg, _Checkpoint(found, checkpoint_state.read_metadata(found)), companions, loaded)
+    stored = _Checkpoint(found, checkpoint_state.read_metadata(found))
+    tensors = _Merged(stored, lora, cfg) if lora.rank else stored
+    own = {"lora": lora, "adapters": stored} if lora.rank else {}
+    return ModelSource(path, "native", cfg, tensors, companions, loaded, **own)
 
 
 class _Held:

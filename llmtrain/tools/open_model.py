@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llmtrain.config.lora import adapted
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.pretrained import pretrained_tokenizer
 from llmtrain.config.run import RunConfig
+from llmtrain.convert.adapters import A, B, added, is_adapter
 from llmtrain.convert.companions import token_ids
 from llmtrain.convert.hf_read import model_config, read_config
 from llmtrain.convert.import_hf import left_out, load_into
-from llmtrain.convert.placed import fill, held
+from llmtrain.convert.placed import fill, held, local_part
 from llmtrain.data.tokenizer import Tokenizer, load
 from llmtrain.device import Device, select
 from llmtrain.device.dtypes import DTYPES, torch_dtype
@@ -104,13 +106,15 @@ def read_model_config(path: str | Path) -> ModelConfig:
 def _require_hf(path: Path) -> None:
     if not (path / "config.json").is_file():
         what = "a GGUF file; `llmtrain convert` makes a folder of it" if path.suffix == ".gguf" else "neither"
+        if (path / "adapter_config.json").is_file():
+            what = "an adapter alone; give the run that trained it, or merge it: llmtrain convert RUN FOLDER --to hf --merge"
         raise UserError(f"{path} is no run folder (config.yaml) and no Hugging Face folder (config.json): it is {what}")
 
 
 def load_model(cfg: RunConfig, *, checkpoint: Path, device: str = "cpu", dtype: str = "auto", mesh: Mesh | None = None) -> nn.Module:
     """The model of a run with the weights of `checkpoint` (moments are not read); other arguments as in `open_model`.
 
-    Its RoPE base is that of the phase the checkpoint ends in. Raises CheckpointError if the weights do not fit.
+    Adapters are added to them. Its RoPE base is that of the phase the checkpoint ends in. Raises CheckpointError if the weights do not fit.
     """
     return _load(cfg, checkpoint, _place(device, mesh), dtype, mesh)
 
@@ -121,6 +125,8 @@ def _load(cfg: RunConfig, checkpoint: Path, place: Device, dtype: str, mesh: Mes
     metadata = checkpoint_state.read_metadata(checkpoint)
     _require_weights(checkpoint, weights, metadata, whole=mesh is None or mesh.shape.pp == 1)
     _read(checkpoint, weights, metadata)
+    if cfg.lora.rank:
+        _add_adapters(checkpoint, weights, metadata, cfg)
     step = json.loads((checkpoint / checkpoint_files.META).read_bytes())["step"]
     if cfg.model.position.kind == "rope" and step > 0:
         model.set_rope_base(StepPlan.from_config(cfg).step(step - 1).rope_base)
@@ -221,9 +227,24 @@ def _read(checkpoint: Path, weights: dict[str, Tensor], metadata) -> None:
         fill(weight, whole[tuple(slice(part[0], part[-1] + 1) for part in place)], place)
 
 
+@torch.no_grad()
+def _add_adapters(checkpoint: Path, weights: dict[str, Tensor], metadata, cfg: RunConfig) -> None:
+    """Add the run's adapters to this rank's part of the projections."""
+    for projection in adapted(cfg.lora, cfg.model):
+        weight = weights.get(f"{projection}.weight.weight")
+        if weight is None:  # another stage's
+            continue
+        keys = {kind: f"{projection}.{kind}.weight" for kind in (A, B)}
+        entries = {key: metadata.state_dict_metadata[key] for key in keys.values()}
+        pair = {key: torch.empty(tuple(entry.size), dtype=entry.properties.dtype) for key, entry in entries.items()}
+        checkpoint_state.read(checkpoint, pair, metadata)
+        (rows, columns), local = (torch.tensor(list(part)) for part in held(weight)), local_part(weight)
+        local.copy_(added(local, pair[keys[A]][:, columns], pair[keys[B]][rows], cfg.lora.scale))
+
+
 def _require_weights(checkpoint: Path, weights: dict[str, Tensor], metadata, *, whole: bool) -> None:
     """`whole`: the checkpoint must hold nothing else; a stage of a pipeline needs some of it."""
-    stored = {name for name in metadata.state_dict_metadata if name.endswith(".weight")}
+    stored = {name for name in metadata.state_dict_metadata if name.endswith(".weight") and not is_adapter(name.removesuffix(".weight"))}
     if problems := checkpoint_state.misfits(weights, metadata, stored if whole else stored & weights.keys()):
         raise checkpoint_files.CheckpointError(f"{checkpoint} does not fit the run's config.yaml: {'; '.join(problems[:5])}")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.config.lora import adapter_parameters
 from llmtrain.config.parameters import flops_per_token
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import Batch
@@ -129,7 +130,8 @@ class Loop:
         self.loss, self.next_step, self.result = result.loss, step.index + 1, result
         compiling = result.metrics.get("compile_seconds", 0.0)
         self.speed.exclude(compiling + result.metrics.get("move_seconds", 0.0))
-        self.speed.end_step(tokens=step.batch * step.seq_len, flops_per_token=flops_per_token(self.cfg.model, step.seq_len))
+        flops = flops_per_token(self.cfg.model, step.seq_len, adapters=adapter_parameters(self.cfg.lora, self.cfg.model))
+        self.speed.end_step(tokens=step.batch * step.seq_len, flops_per_token=flops)
         self._report(step, result, norm=norm, skipped=skipped, spike=bool(spike and spike.spike), waited=waited)
         if compiling:
             self._event(step, f"compiled the blocks for sequences of {step.seq_len} tokens in {compiling:.0f} s, not counted as training")

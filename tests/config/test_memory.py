@@ -69,3 +69,12 @@ def test_memory_on_the_host_is_no_part_of_a_devices():
     assert away["block inputs on the host"] == plain["block inputs"] and away["block inputs"] == plain["block inputs"] * 2 / 32
     freed = plain["optimizer moments"] * 13 / 16 + plain["block inputs"] * 30 / 32
     assert plain[total] - away[total] == pytest.approx(freed) and list(plain)[-1] == total
+
+
+def test_adapters_alone_have_gradients_and_moments():
+    words = ["--model", "llama3_8b", "--parallel.dp_shard", "8"]
+    whole, lora = (memory_estimate(load(None, [*words, *more]).run, 8) for more in ([], ["--lora.rank", "16"]))
+    adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # q, o; k, v; gate, up, down
+    assert lora["optimizer moments"] == 2 * 4 * adapters / 8
+    assert lora["gradients"] == pytest.approx(4 * adapters / (1 if whole["gradients"] > whole["parameters"] else 8))
+    assert lora["parameters"] == whole["parameters"] + 4 * adapters / 8

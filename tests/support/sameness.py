@@ -232,7 +232,8 @@ def build_engine(cfg: RunConfig, kind: str = "cpu"):
 
 def first_step(engine, batches: list[Batch]) -> dict:
     """Gradients from all ranks, and every rank's target counts."""
-    gradients = {name: full(p.grad).cpu().double().clone().numpy() for name, p in engine.parameters.items()}
+    trained = {name: p for name, p in engine.parameters.items() if p.grad is not None}
+    gradients = {name: full(p.grad).cpu().double().clone().numpy() for name, p in trained.items()}
     everyone = {name: value for part in engine.mesh.gather(gradients) for name, value in part.items()}
     return {"gradients": everyone, "counts": engine.mesh.gather([batch.target_count for batch in batches])}
 
