@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+from importlib import metadata
 
+import numpy
 import torch
 from llmtrain_kernels.triton_attention import tiles
 
@@ -19,7 +21,23 @@ def unavailable(device: str) -> str | None:
         return f"runs on the CPU in Triton's interpreter only, a thousand times slower: for tests, {INTERPRETER}=1 before the start"
     if device != "cpu" and interpreted:
         return f"would be interpreted: {INTERPRETER}=1 is set"
-    return None
+    return _interpreter_fault() if interpreted else None
+
+
+def _interpreter_fault() -> str | None:
+    """Until 3.7, Triton's interpreter makes indices of arrays of one element, as NumPy until 2.4 allowed."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # triton-ascend, which asks for NumPy 1
+        return None
+    if _release(triton) >= (3, 7) or _release(numpy.__version__) < (2, 4):
+        return None
+    return f"the interpreter of Triton {triton} does not work with NumPy {numpy.__version__}: pip install 'numpy<2.4' or a newer Triton"
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def chip(kind: str, index: int | None = None) -> str:

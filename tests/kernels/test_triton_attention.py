@@ -1,14 +1,7 @@
 """Flash attention in Triton's interpreter on the CPU, against the formula in float64: numerics, mask bits, visits, torch.compile."""
 
-import os
-
+import interpreted  # noqa: F401 - Triton serves here, or all of this is skipped
 import pytest
-
-# Before Triton is imported: it decides then.
-if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
-
 import torch
 from attention_call import AttentionCall
 from attention_calls import HEAD_DIMS, Matrix, calls

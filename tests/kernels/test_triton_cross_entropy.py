@@ -1,14 +1,7 @@
 """Cross-entropy in Triton's interpreter: the softmax of given logits, and the op with its head, against float64."""
 
-import os
-
+import interpreted  # noqa: F401 - Triton serves here, or all of this is skipped
 import pytest
-
-# Before Triton is imported: it decides then.
-if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
-
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
+triton = pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
 SUPPORT = Path(__file__).parent / "support"
 SHARED = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that a block may have (CUDA programming guide, table of compute capabilities)."""
@@ -17,6 +17,8 @@ PRODUCTS = {80: "mma.sync.aligned.m16n8k16", 90: "wgmma.mma_async.sync.aligned.m
 
 SPILLED = {(90, "backward_kv", 192): 12}
 """Bytes a thread that ptxas of Triton 3.9 spills; nothing elsewhere."""
+if triton.__version__.startswith("3.6."):
+    SPILLED |= {(90, "backward_kv", 128): 4}
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -1,14 +1,7 @@
 """Rows sorted by expert and back in Triton's interpreter, against index arithmetic in float64, which autograd differentiates."""
 
-import os
-
+import interpreted  # noqa: F401 - Triton serves here, or all of this is skipped
 import pytest
-
-# Before Triton is imported: it decides then.
-if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton", reason="needs the package triton: make test-kernels")
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
