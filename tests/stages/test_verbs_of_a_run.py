@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # The long file of Pangu Ultra is the short one with two phases more; tests/stages/test_dry_mesh.py builds some of its ranks.
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in ("pangu_ultra_135b_long", "smollm2_sft"))
 MILLIONS = {"llama3_8b": 8030, "llama3_70b": 70554, "smollm2_135m": 134.5, "pangu_ultra_135b": 135000, "qwen3_8b": 8191, "qwen3_0_6b": 596}
-MILLIONS |= {"mixtral_8x7b": 46703, "qwen3_30b_a3b": 30532, "pangu_ultra_moe_718b": 719094 + 12443}
+MILLIONS |= {"mixtral_8x7b": 46703, "qwen3_30b_a3b": 30532, "pangu_ultra_moe_718b": 719094 + 12443, "deepseek_v3": 671026 + 11610}
 
 pytestmark = pytest.mark.xdist_group("verbs")
 
