@@ -92,16 +92,30 @@ class Engine(Protocol):
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {}
+CHECKS: dict[str, Callable[..., None]] = {}
 
 
-def register_engine(kind: str) -> Callable:
-    """Decorator: make `build(cfg, *, objective, mesh, device, ops) -> Engine` available as `engine: KIND`."""
+def register_engine(kind: str, *, check: Callable[..., None] | None = None) -> Callable:
+    """Decorator: make `build(cfg, *, objective, mesh, device, ops) -> Engine` available as `engine: KIND`.
+
+    `check(cfg, *, shape, device)` raises UserError for what can be known to be wrong before any rank starts, on a mesh of this MeshShape
+    and a device of this kind; `build` is called with what has passed it.
+    """
 
     def decorate(build: Callable[..., Engine]) -> Callable[..., Engine]:
         ENGINES[kind] = build
+        CHECKS[kind] = check or (lambda *_, **__: None)
         return build
 
     return decorate
+
+
+def check_engine(cfg, *, shape, device: str) -> None:
+    """Raise UserError, before any rank starts, for an engine that is not there or does not run `cfg`."""
+    kind = cfg.engine.kind
+    if kind not in ENGINES:
+        raise UserError(f"engine {kind!r} is not registered; allowed: {', '.join(sorted(ENGINES))}")
+    CHECKS[kind](cfg, shape=shape, device=device)
 
 
 def check_capabilities(engine: Engine, cfg) -> None:

@@ -34,10 +34,9 @@ from llmtrain.parallel.recompute import apply_recompute
 logger = logging.getLogger(__name__)
 
 
-@register_engine("deepspeed")
+@register_engine("deepspeed", check=check)
 def build(cfg: RunConfig, *, objective: Callable[[dict], Tensor], mesh: Mesh, device: Device, ops: Ops) -> "DeepSpeedEngine":
     """Build the whole model on every rank and give it to DeepSpeed. Raises UserError for what the engine cannot run."""
-    check(cfg, mesh=mesh, device=device)
     prepare(mesh, device)
     with torch.device("meta"):
         model = family.build(cfg.model, ops, cfg.train.loss_chunk).to(torch.float32)

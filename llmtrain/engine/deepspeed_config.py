@@ -5,11 +5,10 @@ import importlib.util
 from typing import Any
 
 from llmtrain.config.run import RunConfig
-from llmtrain.device.base import Device
 from llmtrain.errors import UserError
 from llmtrain.layout.balance import Groups
+from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.steps import StepPlan
-from llmtrain.parallel.mesh import Mesh
 
 AXES = ("dp_replicate", "dp_shard")
 """Data parallelism; ZeRO shares what `engine.zero` says over the ranks of both."""
@@ -19,14 +18,14 @@ TESTED = "0.19.8"
 INSTALL = f"DS_BUILD_OPS=0 pip install deepspeed=={TESTED}"
 
 
-def check(cfg: RunConfig, *, mesh: Mesh, device: Device) -> None:
-    """Raise UserError naming the option, unless engine deepspeed runs `cfg` on `device`."""
-    problems = (problem(cfg, mesh, device) for problem in (_package, _device, _precision, _memory, _batches))
+def check(cfg: RunConfig, *, shape: MeshShape, device: str) -> None:
+    """Raise UserError naming the option, unless engine deepspeed runs `cfg` on a mesh of this shape and a device of this kind."""
+    problems = (problem(cfg, shape, device) for problem in (_device, _mesh, _precision, _memory, _batches, _package))
     if found := next(filter(None, problems), None):
         raise UserError(f"engine deepspeed: {found}")
 
 
-def _package(cfg: RunConfig, mesh: Mesh, device: Device) -> str | None:
+def _package(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
     if importlib.util.find_spec("deepspeed") is None:
         return f"the package deepspeed is not installed; {INSTALL}"
     version = metadata.version("deepspeed")
@@ -35,16 +34,23 @@ def _package(cfg: RunConfig, mesh: Mesh, device: Device) -> str | None:
     return None
 
 
-def _device(cfg: RunConfig, mesh: Mesh, device: Device) -> str | None:
-    if device.kind == "npu":
+def _device(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
+    if device == "npu":
         return "device npu: not run on hardware nor on the stand-in, so it is refused; take engine native there"
     return None
 
 
-def _precision(cfg: RunConfig, mesh: Mesh, device: Device) -> str | None:
+def _mesh(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
+    for axis in ("pp", "cp", "tp", "ep"):
+        if getattr(shape, axis) > 1:
+            return f"parallel.{axis} is {getattr(shape, axis)}, but it runs only {', '.join(AXES)}; engine native has {axis}"
+    return None
+
+
+def _precision(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
     p, zero = cfg.precision, cfg.engine.zero
-    if "fp64" in (p.params, p.optimizer):
-        return f"precision.params {p.params}, precision.optimizer {p.optimizer}: weights and moments are kept in fp32"
+    if "fp64" in (p.compute, p.params, p.optimizer):
+        return f"precision.compute {p.compute}, params {p.params}, optimizer {p.optimizer}: it has no fp64; weights and moments are fp32"
     if p.compute == "fp32" and p.accumulate != "fp32":
         return f"precision.accumulate {p.accumulate}: gradients of precision.compute fp32 are fp32"
     if p.compute != "fp32" and zero == 0:
@@ -54,12 +60,12 @@ def _precision(cfg: RunConfig, mesh: Mesh, device: Device) -> str | None:
         )
     if {p.accumulate, p.reduce} - {"fp32", p.compute}:
         return f"precision.accumulate {p.accumulate} and precision.reduce {p.reduce}: either fp32 or as precision.compute ({p.compute})"
-    if p.compute == "fp16" and device.kind == "cpu":
+    if p.compute == "fp16" and device == "cpu":
         return "precision.compute fp16: not tried on a CPU; take bf16"
     return None
 
 
-def _memory(cfg: RunConfig, mesh: Mesh, device: Device) -> str | None:
+def _memory(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
     engine = cfg.engine
     if cfg.optim.offload:
         return "optim.offload is engine native's; set engine.offload_optimizer cpu"
@@ -74,12 +80,12 @@ def _memory(cfg: RunConfig, mesh: Mesh, device: Device) -> str | None:
     return None
 
 
-def _batches(cfg: RunConfig, mesh: Mesh, device: Device) -> str | None:
+def _batches(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
     ffn = cfg.model.ffn
-    if ffn.kind != "moe":
+    if ffn.kind != "moe" or cfg.train.epochs is not None:  # epochs are steps by the time the engine is built
         return None
     for segment in StepPlan.from_config(cfg).segments:
-        phase, dp = segment.phase, mesh.shape.dp
+        phase, dp = segment.phase, shape.dp
         groups = Groups.of_step(ffn.balance, batch=segment.batch, rows=phase.micro_batch, seq_len=phase.seq_len, ranks=dp)
         if groups.window > 1:
             return (

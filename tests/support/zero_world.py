@@ -2,14 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from engine_gradients import full
 from sameness import BASE, Documents, build_engine, merge
 
 from llmtrain.config.run import RunConfig
 from llmtrain.config.train import CheckpointConfig
+from llmtrain.data.batch import Batch
 from llmtrain.layout.steps import StepPlan
 from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.stages.results import full_weights
@@ -20,29 +21,29 @@ EVERY_PARAMETER = {"zero_optimization": {"stage3_param_persistence_threshold": 0
 """Has ZeRO 3 partition small parameters too."""
 
 
-def of(changes: dict) -> tuple[Any, StepPlan]:
-    """An engine of the parity runs' model, and its plan."""
-    torch.set_num_threads(1)
-    cfg = RunConfig.model_validate(merge(BASE, changes))
-    return build_engine(cfg), StepPlan.from_config(cfg)
+class Run:
+    """An engine of the parity runs' model on this world's mesh."""
 
+    def __init__(self, changes: dict):
+        torch.set_num_threads(1)
+        cfg = RunConfig.model_validate(merge(BASE, changes))
+        self.engine, self.plan = build_engine(cfg), StepPlan.from_config(cfg)
 
-def step(engine: Any, plan: StepPlan, index: int) -> tuple[float, float]:
-    """Take a step: its loss and gradient norm."""
-    at = plan.step(index)
-    result = engine.forward_backward(micro_batches(at, Documents(), rank=engine.mesh.data_rank, ranks=engine.mesh.shape.dp))
-    norm = engine.grad_norm()
-    engine.apply(lr=at.lr)
-    return result.loss, norm
+    def batches(self, index: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        mesh = self.engine.mesh
+        return micro_batches(self.plan.step(index), Documents(), rank=mesh.data_rank, ranks=mesh.shape.dp)
 
+    def step(self, index: int) -> tuple[float, float]:
+        """Take a step: its loss and gradient norm."""
+        result = self.engine.forward_backward(self.batches(index))
+        norm = self.engine.grad_norm()
+        self.engine.apply(lr=self.plan.step(index).lr)
+        return result.loss, norm
 
-def whole(engine: Any) -> dict[str, np.ndarray]:
-    """The canonical state, every tensor whole, as its bits."""
-
-    def full(tensor: torch.Tensor) -> np.ndarray:
-        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).numpy().copy()
-
-    return {name: full(tensor) for name, tensor in engine.state().items()}
+    def whole(self) -> dict[str, np.ndarray]:
+        """The canonical state, every tensor whole."""
+        return {name: full(tensor).detach().numpy().copy() for name, tensor in self.engine.state().items()}
 
 
 def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -50,60 +51,68 @@ def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
-def passed_on(leg: dict, folder: str, steps: int, start: int = 0) -> dict:
-    """Go on from the newest checkpoint in `folder`, if any, for `steps` steps and save: losses, norms, the state loaded and the one saved."""
-    engine, plan = of(leg)
+def leg(changes: dict, folder: str, start: int, steps: int, *, minus_zero: bool = False) -> dict:
+    """A part of a run: go on from the newest checkpoint in `folder`, if any, and save again. Losses, norms, the state loaded and saved.
+
+    minus_zero: save a moment with a zero that has a sign.
+    """
+    run = Run(changes)
     checkpointer = Checkpointer(Path(folder), CheckpointConfig(asynchronous=False), log=lambda text: None)
     loaded = None
     if (path := checkpointer.newest()) is not None:
-        state = engine.state()
+        state = run.engine.state()
         checkpointer.load(path, state)
-        engine.load_state(state)
-        loaded = whole(engine)
-    figures = [step(engine, plan, index) for index in range(start, start + steps)]
-    checkpointer.save(start + steps, engine.state(), {})
+        run.engine.load_state(state)
+        loaded = run.whole()
+    figures = [run.step(index) for index in range(start, start + steps)]
+    state = run.engine.state()
+    if minus_zero:
+        local_tensor(state["final_norm.weight.exp_avg"])[:1] = -0.0
+    saved = {name: full(tensor).detach().numpy().copy() for name, tensor in state.items()}
+    checkpointer.save(start + steps, state, {})
     assert checkpointer.failed is None, checkpointer.failed
-    saved = whole(engine)
-    engine.mesh.leave()
     return {"losses": [loss for loss, _ in figures], "norms": [norm for _, norm in figures], "loaded": loaded, "saved": saved}
 
 
-def given_up(changes: dict) -> dict:
-    """Two steps with one between them that is discarded: against the same without it, states and losses; a NaN is among its gradients."""
-    engine, plan = of(changes)
-    other, _ = of(changes)
-    first, discarded = step(engine, plan, 0), plan.step(5)
-    batches = micro_batches(discarded, Documents(), rank=engine.mesh.data_rank, ranks=engine.mesh.shape.dp)
-    before = whole(engine)
-    engine.forward_backward(batches)
-    engine.discard()
-    unchanged = same_bits(whole(engine), before)
-    parameter = next(iter(engine.parameters.values()))
-    objective, engine.objective = engine.objective, lambda outputs: engine_nan(outputs, objective)
-    engine.forward_backward(batches)
-    poisoned = engine.grad_norm()
-    engine.discard()
-    engine.objective = objective
-    second = step(engine, plan, 1)
-    there = [step(other, plan, index) for index in range(2)]
-    found = same_bits(whole(engine), whole(other)) and unchanged and math.isnan(poisoned)
-    engine.mesh.leave()
-    return {"same": found, "figures": ([first, second], there), "parameter": tuple(parameter.shape)}
+def given_up(cases: dict[str, dict]) -> dict[str, dict]:
+    """Two steps with one between them that is discarded, and one whose gradients are NaN, beside a run of the two steps alone."""
+    return {name: _given_up(changes) for name, changes in cases.items()}
 
 
-def engine_nan(outputs: dict, objective: Any) -> torch.Tensor:
-    """An objective that spoils the gradients."""
-    return objective(outputs) * math.nan
+def _given_up(changes: dict) -> dict:
+    run, other = Run(changes), Run(changes)
+    first, before = run.step(0), run.whole()
+    run.engine.forward_backward(run.batches(5))
+    run.engine.discard()
+    unchanged = same_bits(run.whole(), before)
+    objective = run.engine.objective
+    run.engine.objective = lambda outputs: objective(outputs) * math.nan
+    run.engine.forward_backward(run.batches(6))
+    norm = run.engine.grad_norm()
+    run.engine.discard()
+    run.engine.objective = objective
+    found = [first, run.step(1)], [other.step(0), other.step(1)]
+    return {"unchanged": unchanged, "nan": math.isnan(norm), "figures": found, "same": same_bits(run.whole(), other.whole())}
 
 
-def evaluated(changes: dict) -> dict:
-    """Validation loss and logits of an engine after a step, and its weights as they would be exported."""
-    engine, plan = of(changes)
-    step(engine, plan, 0)
-    batches = micro_batches(plan.step(1), Documents(), rank=engine.mesh.data_rank, ranks=engine.mesh.shape.dp)
-    loss = engine.evaluate(batches).loss
-    logits = engine.logits(torch.arange(12).view(2, 6)).float().numpy()
-    again, norm = step(engine, plan, 1)
-    weights = {name: tensor.numpy() for name, tensor in full_weights(engine, engine.mesh)}
-    engine.mesh.leave()
-    return {"loss": loss, "logits": logits, "again": (again, norm), "weights": weights, "ranks": local_tensor(torch.ones(1)).numel()}
+def evaluated(cases: dict[str, dict]) -> dict[str, dict]:
+    """After a step: validation loss, logits and the weights as they are exported; then the loss and norm of another step."""
+    found = {}
+    for name, changes in cases.items():
+        run = Run(changes)
+        run.step(0)
+        loss = run.engine.evaluate(run.batches(1)).loss
+        logits = run.engine.logits(torch.arange(12).view(2, 6)).float().numpy()
+        weights = {name: tensor.numpy() for name, tensor in full_weights(run.engine, run.engine.mesh)}
+        found[name] = {"loss": loss, "logits": logits, "weights": weights, "next": run.step(1)}
+    return found
+
+
+def measured(cases: dict[str, dict]) -> dict[str, dict]:
+    """What is left to `auto` measured before the first step, and the state that it leaves."""
+    found = {}
+    for name, changes in cases.items():
+        run = Run(changes)
+        values = run.engine.calibrate(Documents().batch(0, 2))
+        found[name] = {"values": values, "state": run.whole(), "step": run.step(0)}
+    return found
