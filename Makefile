@@ -119,7 +119,7 @@ $(ENGINES_VENV)/.installed: setup.py pyproject.toml
 	$(ENGINES_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
 	$(ENGINES_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
 	DS_BUILD_OPS=0 $(ENGINES_VENV)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
-	$(ENGINES_VENV)/bin/pip install --quiet pytest pytest-xdist pytest-timeout -e .
+	$(ENGINES_VENV)/bin/pip install --quiet pytest pytest-xdist pytest-timeout transformers -e .
 	touch $@
 
 test-engines: $(ENGINES_VENV)/.installed

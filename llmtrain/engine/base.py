@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from llmtrain.data.batch import Batch
+from llmtrain.engine.support import refusal
 from llmtrain.errors import UserError
 
 
@@ -115,6 +116,8 @@ def check_engine(cfg, *, shape, device: str) -> None:
     kind = cfg.engine.kind
     if kind not in ENGINES:
         raise UserError(f"engine {kind!r} is not registered; allowed: {', '.join(sorted(ENGINES))}")
+    if said := refusal(kind, device):
+        raise UserError(said)
     CHECKS[kind](cfg, shape=shape, device=device)
 
 

@@ -20,7 +20,7 @@ INSTALL = f"DS_BUILD_OPS=0 pip install deepspeed=={TESTED}"
 
 def check(cfg: RunConfig, *, shape: MeshShape, device: str) -> None:
     """Raise UserError naming the option, unless engine deepspeed runs `cfg` on a mesh of this shape and a device of this kind."""
-    problems = (problem(cfg, shape, device) for problem in (_device, _mesh, _precision, _memory, _batches, _package))
+    problems = (problem(cfg, shape, device) for problem in (_mesh, _precision, _memory, _batches, _package))
     if found := next(filter(None, problems), None):
         raise UserError(f"engine deepspeed: {found}")
 
@@ -31,12 +31,6 @@ def _package(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
     version = metadata.version("deepspeed")
     if version.split(".")[:2] != TESTED.split(".")[:2]:
         return f"deepspeed {version} is installed, and its state is read from inside, which is known for {TESTED}; {INSTALL}"
-    return None
-
-
-def _device(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
-    if device == "npu":
-        return "device npu: not run on hardware nor on the stand-in, so it is refused; take engine native there"
     return None
 
 

@@ -1,5 +1,5 @@
-"""Whole runs under engine deepspeed, as a user starts them: fine-tuning, Gradient Ascent Post-training, a run that changes engines, and what
-is said when it cannot start."""
+"""Whole runs under engine deepspeed, as a user starts them: fine-tuning, Gradient Ascent Post-training, a run that changes engines, and
+what is said when it cannot start."""
 
 import json
 import os
