@@ -1,5 +1,6 @@
 """The engine deepspeed: the same model, losses and AdamW, with DeepSpeed's ZeRO between the data-parallel ranks (docs/engines.md)."""
 
+import atexit
 import contextlib
 import io
 import logging
@@ -93,8 +94,8 @@ class ZeroOptimizer:
 class DeepSpeedEngine(NativeEngine):
     """The native engine's losses, counts and metrics over one whole model; gradients, updates and state are DeepSpeed's.
 
-    DeepSpeed averages gradients over ranks, so losses are multiplied by their number. Clipping and the loss scale of fp16 are ours: its own
-    clipping adds 1e-6 to the norm, and a step that it gives up by itself would be one that no guard has seen.
+    DeepSpeed averages gradients over ranks, which is taken back when it divides them by what we give it. Clipping and the loss scale of fp16
+    are ours: its own clipping adds 1e-6 to the norm, and a step that it gives up by itself would be one that no guard has seen.
     """
 
     optimizer: ZeroOptimizer
@@ -122,11 +123,8 @@ class DeepSpeedEngine(NativeEngine):
 
     @property
     def _scale(self) -> float:
-        """What gradients are multiplied by once they are summed."""
-        return self.loss_scale.value if self.loss_scale else 1.0
-
-    def _factor(self) -> float:
-        return self._scale * self.mesh.world
+        """What gradients in DeepSpeed's hands are multiplied by."""
+        return self._factor() / self.mesh.world
 
     @torch.no_grad()
     def _square_sum(self) -> float:
@@ -179,6 +177,14 @@ def _adamw(parameters: dict[str, nn.Parameter], cfg: RunConfig, *, ops: Ops) -> 
 
 
 _joined: list[Any] = []
+"""The world in which DeepSpeed has made its groups."""
+
+
+def _let_go() -> None:
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    _joined.clear()
 
 
 def _wrap(model: nn.Module, adamw: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
@@ -189,6 +195,8 @@ def _wrap(model: nn.Module, adamw: torch.optim.Optimizer, config: dict[str, Any]
     os.environ.setdefault("LOCAL_RANK", "0")
     if _joined != [dist.group.WORLD]:  # DeepSpeed keeps the groups of a world that has ended
         groups._release_process_group_references()
+        if not _joined:
+            atexit.register(_let_go)
         _joined[:] = [dist.group.WORLD]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

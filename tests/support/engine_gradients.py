@@ -21,7 +21,8 @@ def _native(engine: Any) -> dict[str, Tensor]:
 def _deepspeed(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_grad
 
-    return {name: safe_get_full_grad(parameter) for name, parameter in engine.parameters.items()}
+    ranks = engine.mesh.world  # it averages
+    return {name: safe_get_full_grad(parameter) * ranks for name, parameter in engine.parameters.items()}
 
 
 BY_KIND: dict[str, Callable[[Any], dict[str, Tensor]]] = {"native": _native, "deepspeed": _deepspeed}
