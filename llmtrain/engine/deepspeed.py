@@ -94,8 +94,8 @@ class ZeroOptimizer:
 class DeepSpeedEngine(NativeEngine):
     """The native engine's losses, counts and metrics over one whole model; gradients, updates and state are DeepSpeed's.
 
-    DeepSpeed averages gradients over ranks, which is taken back when it divides them by what we give it. Clipping and the loss scale of fp16
-    are ours: its own clipping adds 1e-6 to the norm, and a step that it gives up by itself would be one that no guard has seen.
+    DeepSpeed averages gradients over ranks, which is taken back when it divides them by what we give it. Clipping and the loss scale of
+    fp16 are ours: its own clipping adds 1e-6 to the norm, and a step that it gives up by itself would be one that no guard has seen.
     """
 
     optimizer: ZeroOptimizer
