@@ -1,12 +1,12 @@
 """ZeRO 0 to 3 train as one process of the native engine does: losses, norms and routing of 20 steps, gradients of step 1 one by one.
 
 Float32, since DeepSpeed has no float64: within 5 times what a control run differs by (one process, the batch order inside each step
-permuted), for a mixture of experts and for gradients that the control hardly moves the larger of that and of a run from nudged weights.
+permuted). That is enough for the mixtures of experts too: ranks that read different samples change the order of sums as the control does.
 """
 
 import numpy as np
 import pytest
-from parity_rows import FULL, MODELS, NUDGES, Row, references
+from parity_rows import FULL, Row, references
 from sameness import gradient_difference, loss_difference, norm_difference, routing_difference
 from worlds import run_world
 from zero_world import EVERY_PARAMETER
@@ -46,7 +46,6 @@ ROWS = {
 }
 FOUR = {f"zero {stage}, 4 ranks": zero(stage, ranks=4) for stage in (1, 2, 3)}
 EVERY = ROWS | FOUR
-NUDGED = [f"nudged {seed}" for seed in NUDGES]
 
 
 def world(ranks: int, scenarios: dict, tmp_path_factory) -> dict:
@@ -56,7 +55,7 @@ def world(ranks: int, scenarios: dict, tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory) -> dict[str, dict]:
     """The one-process runs of the native engine."""
-    kinds = ("fp32", "control", *NUDGED)
+    kinds = ("fp32", "control")
     wanted = {name: scenario for row in EVERY.values() for name, scenario in references(row).items() if name.endswith(kinds)}
     return world(1, wanted, tmp_path_factory)
 
@@ -74,10 +73,8 @@ def four(tmp_path_factory) -> dict[str, dict]:
 def judge(name: str, run: dict, alone: dict[str, dict]) -> None:
     row = EVERY[name]
     one = alone[f"{row.reference} | fp32"]
-    experts = MODELS[row.model].get("ffn", {}).get("kind") == "moe"
     for measure in (loss_difference, gradient_difference, norm_difference):
         control = measure(alone[f"{row.reference} | control"], one)
-        nudged = max(measure(alone[f"{row.reference} | {kind}"], one) for kind in NUDGED)
         found = measure(run, one)
         print(f"{name}: {measure.__name__} {found:.1e}, control {control:.1e}, nudged weights {nudged:.1e}")
         assert control > 0
