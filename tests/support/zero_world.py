@@ -103,7 +103,7 @@ def evaluated(cases: dict[str, dict]) -> dict[str, dict]:
         run.step(0)
         loss = run.engine.evaluate(run.batches(1)).loss
         logits = run.engine.logits(torch.arange(12).view(2, 6)).float().numpy()
-        weights = {name: tensor.numpy() for name, tensor in full_weights(run.engine, run.engine.mesh)}
+        weights = {name: tensor.numpy().copy() for name, tensor in full_weights(run.engine, run.engine.mesh)}
         found[name] = {"loss": loss, "logits": logits, "weights": weights, "next": run.step(1)}
     return found
 
