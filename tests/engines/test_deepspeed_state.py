@@ -28,7 +28,7 @@ def journey(tmp_path_factory) -> list[dict]:
     legs = [{}, zero(2), zero(3), zero(1, offload_optimizer="cpu"), zero(3, 1), zero(0), {"parallel": {"dp_shard": 2}}]
     found = []
     for number, changes in enumerate(legs):
-        args = {"changes": changes, "folder": str(folder), "start": 2 * number, "steps": 2, "minus_zero": number == 0}
+        args = {"changes": changes, "folder": str(folder), "start": 2 * number, "steps": 2}
         place = tmp_path_factory.mktemp(f"leg-{number}")
         found.append(run_world("zero_world:leg", ranks_of(changes), args=args, folder=place))
     return found
@@ -37,8 +37,6 @@ def journey(tmp_path_factory) -> list[dict]:
 def test_state_is_taken_over_bit_for_bit(journey):
     for before, after in pairwise(journey):
         assert same_bits(after["loaded"], before["saved"])
-    moment = journey[1]["loaded"]["final_norm.weight.exp_avg"]
-    assert moment[0] == 0 and np.signbit(moment[0]), "the sign of a zero is lost"
     assert journey[-1]["saved"]["step"] == 14
 
 
@@ -57,10 +55,12 @@ def test_masters_of_16_bits_come_and_go_exactly(tmp_path_factory):
     legs = [{}, zero(1), zero(2), zero(3), {"parallel": {"dp_shard": 2}}]
     found = []
     for number, changes in enumerate(legs):
-        args = {"changes": changes | {"precision": "bf16"}, "folder": str(folder), "start": 2 * number, "steps": 2}
+        args = {"changes": changes | {"precision": "bf16"}, "folder": str(folder), "start": 2 * number, "steps": 2, "minus_zero": True}
         found.append(run_world("zero_world:leg", ranks_of(changes), args=args, folder=tmp_path_factory.mktemp(f"bf16-{number}")))
     for before, after in pairwise(found):
         assert same_bits(after["loaded"], before["saved"])
+        moment = after["loaded"]["final_norm.weight.exp_avg"]
+        assert moment[0] == 0 and np.signbit(moment[0]), "the sign of a zero is lost"
     weight = found[1]["saved"]["blocks.0.attention.q_proj.weight.weight"]
     assert weight.dtype == np.float32 and (weight.view(np.uint32) & 0xFFFF).any(), "the masters are those of 16 bits"
 
