@@ -1,7 +1,8 @@
 """DeepSpeed's universal checkpoints of a Hugging Face model: weights, moments and step, parameter by parameter.
 
-`python -m deepspeed.checkpoint.ds_to_universal` makes one of any ZeRO checkpoint: a folder with `zero/NAME/fp32.pt`, `exp_avg.pt`,
-`exp_avg_sq.pt` and `step.pt` for each parameter. They are pickles, read as tensors and plain values alone.
+`python -m deepspeed.checkpoint.ds_to_universal` makes one of any ZeRO checkpoint: a folder with `zero/NAME/fp32.pt`, `exp_avg.pt` and
+`exp_avg_sq.pt` for each parameter. Of ZeRO 1 and 2 they hold `{"param": tensor}`, with the number of steps in `step.pt`; of ZeRO 3 flat
+tensors, whose shapes and steps are in the states of the model beside them. All are pickles, read as tensors and plain values alone.
 """
 
 import pickle
@@ -26,7 +27,7 @@ class UniversalTensors:
 
     def __init__(self, folder: Path, kind: str = "weight"):
         self.folder, self._file = folder, f"{KINDS[kind]}.pt"
-        self._open = cache(self._opened)
+        self._open, self._shapes = cache(self._opened), cache(self._model_shapes)
         self._where: dict[str, tuple[str, tuple]] = {}
         for path in (folder / "zero").glob(f"*/{self._file}"):
             self._where |= self._parts(path.parent.name)
@@ -43,10 +44,17 @@ class UniversalTensors:
 
     def _opened(self, name: str) -> torch.Tensor:
         held = _load(self.folder / "zero" / name / self._file)
-        tensor = held.get("param") if isinstance(held, dict) else None
+        tensor = held.get("param") if isinstance(held, dict) else held
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32:
-            raise UserError(f"{self.folder / 'zero' / name / self._file} holds no fp32 tensor `param`, so it is no universal checkpoint")
-        return tensor
+            raise UserError(f"{self.folder / 'zero' / name / self._file} holds no fp32 tensor, so it is no universal checkpoint")
+        if isinstance(held, dict):
+            return tensor
+        if (shape := self._shapes().get(name)) is None:
+            raise UserError(f"{self.folder}: {name} is flat, and no *_model_states.pt says its shape")
+        return tensor[: shape.numel()].view(shape)
+
+    def _model_shapes(self) -> dict[str, torch.Size]:
+        return {name: shape for group in _model_states(self.folder).get("param_shapes") or () for name, shape in group.items()}
 
     def _view(self, name: str) -> torch.Tensor:
         whole, part = self._where[name]
@@ -90,11 +98,20 @@ def model_folder(path: Path) -> Path:
 
 
 def steps_taken(tensors: UniversalTensors) -> int:
-    """Optimizer steps that the moments have seen. Raises UserError where parameters disagree."""
+    """Optimizer steps that the moments have seen. Raises UserError where parameters disagree, or nothing says it."""
     steps = {int(_load(file)) for file in (tensors.folder / "zero").glob("*/step.pt")}
     if len(steps) > 1:
         raise UserError(f"{tensors.folder}: parameters have taken different numbers of steps, {sorted(steps)}")
-    return next(iter(steps), 0)
+    states = {} if steps else _model_states(tensors.folder)
+    if not steps and "global_steps" not in states:
+        raise UserError(f"{tensors.folder}: neither a step.pt nor a *_model_states.pt says how many steps were taken")
+    return steps.pop() if steps else states["global_steps"] - states.get("skipped_steps", 0)
+
+
+def _model_states(folder: Path) -> dict:
+    """What DeepSpeed stores of the model beside its parameters; {} if there is no such file."""
+    file = next(iter(sorted(folder.glob("*_model_states.pt"))), None)
+    return {} if file is None else _load(file)
 
 
 def _load(file: Path) -> object:

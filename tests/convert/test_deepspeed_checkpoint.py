@@ -54,6 +54,26 @@ def test_weights_and_moments_go_through_the_same_map(family, changes, tmp_path):
     assert meta["step"] == 0 and "weights_only" not in meta
 
 
+def test_flat_tensors_of_zero_3_get_their_shapes_and_steps_from_the_model_states(tmp_path, capsys):
+    universal(tmp_path, "llama", {})
+    folder, shapes = tmp_path / "global_step7_universal", {}
+    for file in (folder / "zero").glob("*/*.pt"):
+        if file.name == "step.pt":
+            file.unlink()
+            continue
+        tensor = torch.load(file)["param"]
+        shapes[file.parent.name] = tensor.shape
+        torch.save(torch.nn.functional.pad(tensor.flatten(), (0, 1)), file)
+    words = ["convert", str(folder), str(tmp_path / "run"), "--to", "native"]
+    assert main(words) == 1 and "is flat, and no *_model_states.pt says its shape" in capsys.readouterr().err
+    states = {"param_shapes": [shapes], "global_steps": 9, "skipped_steps": 2}
+    torch.save(states, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    assert main(words) == 0
+    state, _ = stored(tmp_path / "run")
+    expected = dict(read_weights(tmp_path / "as/exp_avg_sq", model_config(tmp_path)))
+    assert state["step"] == 7 and all(torch.equal(state[f"{name}.exp_avg_sq"], tensor) for name, tensor in expected.items())
+
+
 def test_deepspeeds_own_checkpoint_is_refused_with_the_command_that_makes_it_universal(tmp_path, capsys):
     own = tmp_path / "global_step7"
     own.mkdir()

@@ -28,5 +28,5 @@ def test_training_goes_on_from_deepspeeds_checkpoint(family, changes, stage, tmp
     assert main(["convert", str(theirs / f"{made}_universal"), str(run), "--to", "native"]) == 0
     taken, found = run_world("their_zero:go_on", 1, args={"run": str(run), "steps": STEPS, "more": MORE}, folder=tmp_path)
     assert taken == STEPS
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-4)
     assert expected[-1] != pytest.approx(expected[0], rel=1e-3), "the model does not move"

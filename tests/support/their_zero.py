@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from hf_models import make
 
-LR, BETAS, DECAY, ROWS, LENGTH = 3e-3, (0.9, 0.95), 0.1, 4, 16
+LR, BETAS, DECAY, CLIP, ROWS, LENGTH = 3e-3, (0.9, 0.95), 0.1, 1.0, 4, 16
 
 
 def tokens(step: int) -> torch.Tensor:
@@ -25,6 +25,7 @@ def train(family: str, changes: dict, stage: int, folder: str, steps: int, more:
     adamw = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
     config = {"train_micro_batch_size_per_gpu": ROWS // 2, "zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    config["gradient_clipping"] = CLIP
     deepspeed.init_distributed(dist_backend="gloo")
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
     losses = []
@@ -53,7 +54,7 @@ def go_on(run: str, steps: int, more: int) -> tuple[int, list[float]]:
     from llmtrain.parallel import mesh as world
     from llmtrain.train.checkpoint import Checkpointer
 
-    optim = {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "max_grad_norm": None}
+    optim = {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "max_grad_norm": CLIP}
     cfg = RunConfig.load(Path(run) / "config.yaml", {"optim": optim, "train.steps": 9})
     device = select("cpu")
     ops = resolve({}, Call(device="cpu", dtype=torch.float32, head_dim=8, heads=4, kv_heads=2))
