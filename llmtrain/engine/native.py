@@ -60,14 +60,18 @@ class NativeEngine:
     def __init__(self, cfg: RunConfig, *, stages: Stages, objective: Callable, mesh: Mesh, device: Device, ops: Ops):
         self.cfg, self.stages, self.objective, self.mesh, self.device = cfg, stages, objective, mesh, device
         self.parameters = stages.parameters
-        optimizer = partial(HostOptimizer, copies=device.host_copies()) if cfg.optim.offload else LocalOptimizer
-        trained = {name: parameter for name, parameter in (stages.parameters | stages.copies).items() if parameter.requires_grad}
-        self.optimizer = optimizer(trained, cfg.optim, ops=ops)
+        self.optimizer = self._optimizer(ops)
         self.placement = build_placement(cfg, stages=stages, optimizer=self.optimizer, mesh=mesh)
         self.steps_taken = 0
         self.loss_scale = LossScale(cfg.precision.loss_scale) if cfg.precision.compute == "fp16" else None
         self._norm: float | None = None
         self._eager = eager if stages.compiled else nullcontext  # the context brings the compiler's import with it
+
+    def _optimizer(self, ops: Ops) -> LocalOptimizer | HostOptimizer:
+        kind = partial(HostOptimizer, copies=self.device.host_copies()) if self.cfg.optim.offload else LocalOptimizer
+        held = self.stages.parameters | self.stages.copies
+        trained = {name: parameter for name, parameter in held.items() if parameter.requires_grad}
+        return kind(trained, self.cfg.optim, ops=ops)
 
     def capabilities(self) -> Capabilities:
         """Every axis, every format; steps can be discarded."""
@@ -79,7 +83,7 @@ class NativeEngine:
         """Gradients of the mean over all target tokens of the step; see Engine."""
         settled = self.placement.settle() if self.placement else Settled()
         total, compiling = self._count_targets(micro_batches), compile_seconds()
-        factor = self.loss_scale.value if self.loss_scale else 1.0
+        factor = self._factor()
         prepared = self._prepared(micro_batches, heads=self.cfg.model.mtp.heads)
         losses = self.stages.train(prepared, objective=self.objective, scale=factor / total, factor=factor)
         self._complete_gradients()
@@ -92,6 +96,10 @@ class NativeEngine:
         counts = None if self.stages.usage is None else self.stages.usage.totals[:, :-1]
         result = self._result(micro_batches, values, loss_sum, total, metrics)
         return replace(result, expert_counts=counts, events=settled.events)
+
+    def _factor(self) -> float:
+        """What losses are multiplied by before they are differentiated, beside the target count."""
+        return self.loss_scale.value if self.loss_scale else 1.0
 
     def _expert_shares(self) -> list[float]:
         """What this rank brings to the loss that balances experts, and to the norms of the routers' biases by layer."""
@@ -243,10 +251,13 @@ class NativeEngine:
             attention, ffn = branch_std(moments)
         c_attention = attention if norm.c_attention == "auto" else norm.c_attention
         c_ffn = ffn if norm.c_ffn == "auto" else norm.c_ffn
+        self._set_post_norms(c_attention, c_ffn)
+        return {"c_attention": c_attention, "c_ffn": c_ffn}
+
+    def _set_post_norms(self, c_attention: float, c_ffn: float) -> None:
         for part in self.stages.parts.values():
             release_gathered(part)
             set_post_norm_gamma(part, c_attention, c_ffn)
-        return {"c_attention": c_attention, "c_ffn": c_ffn}
 
     def _real_positions(self, batch: Batch) -> torch.Tensor | None:
         """Which positions of the hidden states [B,S] that this rank holds between blocks are tokens of `batch`; None if all are."""

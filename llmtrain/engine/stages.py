@@ -83,6 +83,8 @@ class Stages:
         compiled: bool,
     ):
         self.parts, self.mesh, self.cp, self.plan, self.compiled = parts, mesh, cp, plan, compiled
+        self.called: dict[int, Callable] = dict(parts)
+        """What is called in the place of each part, where something is wrapped around it."""
         self.parameters: dict[str, nn.Parameter] = {}
         self.copies: dict[str, nn.Parameter] = {}
         self.partial: list[str] = []
@@ -131,7 +133,7 @@ class Stages:
         rope = micro.rope(model, self.sizes.dtype)
         shared = {} if rope is None else {"rope": rope}
         x = micro.tokens if entered is None else entered
-        return model(x, positions=micro.positions, mask=micro.mask, **wanted, **shared)
+        return self.called[stage](x, positions=micro.positions, mask=micro.mask, **wanted, **shared)
 
     def train(
         self, micros: Sequence[MicroBatch], *, objective: Callable[[dict], Tensor], scale: float, factor: float = 1.0
@@ -165,10 +167,14 @@ class Stages:
         extras = [None] * len(window) if self.usage is None else self.usage.losses(0, seen)
         for index, loss, extra in zip(window, losses, extras):
             where.at(micro_batch=index)
-            set_gradient_sync(self.parts[0], index == len(micros) - 1)
             total = loss * scale
-            (total if extra is None else total + extra).backward()
+            self.backward(total if extra is None else total + extra, last=index == len(micros) - 1)
         return [loss.detach() for loss in losses]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """The backward pass of one micro-batch without a pipeline; after the `last` of a step, gradients are whole."""
+        set_gradient_sync(self.parts[0], last)
+        loss.backward()
 
     def _watched(self, stage: int, micro: MicroBatch, entered: Tensor | None) -> tuple[dict[str, Tensor], Seen]:
         """A forward pass with targets, and how it used the experts."""

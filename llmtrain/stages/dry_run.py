@@ -55,11 +55,14 @@ def dry_run(cfg: RunConfig) -> int:
         print(f"  {part:28s} {count:>18,}")
     if adapters := adapter_parameters(cfg.lora, cfg.model):
         print(f"  {'adapters, which are trained':28s} {adapters:>18,}")
-    for part, size in memory_estimate(cfg, world=shape.world).items():
+    native = cfg.engine.kind == "native"
+    for part, size in memory_estimate(cfg, world=shape.world).items() if native else ():
         print(f"  {part:28s} {size / 2**30:>14.2f} GiB a rank")
     built = _count_on_meta(cfg)
     print(f"built on meta: {built:,} parameters")
-    if shape.world > 1:
+    if not native:
+        print(f"memory and mesh: known for engine native, not for {cfg.engine.kind}")
+    elif shape.world > 1:
         from llmtrain.stages.dry_mesh_report import dry_mesh
 
         dry_mesh(cfg, plan, shape)

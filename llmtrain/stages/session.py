@@ -11,7 +11,8 @@ import torch
 from llmtrain.config.run import RunConfig
 from llmtrain.device import Device, select
 from llmtrain.device.dtypes import torch_dtype
-from llmtrain.engine.base import ENGINES, Engine, check_capabilities
+from llmtrain.engine.base import ENGINES, Engine, check_capabilities, check_engine
+from llmtrain.engine.deepspeed import build as _register_deepspeed  # noqa: F401
 from llmtrain.engine.native import build as _register_native  # noqa: F401
 from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
@@ -61,10 +62,8 @@ class Session:
 
     def build_engine(self, objective: Callable[[dict], torch.Tensor]) -> Engine:
         """The configured engine around `objective`; raises UserError for what it cannot run."""
-        kind = self.cfg.engine.kind
-        if kind not in ENGINES:
-            raise UserError(f"engine {kind!r} is not registered; allowed: {', '.join(sorted(ENGINES))}")
-        engine = ENGINES[kind](self.cfg, objective=objective, mesh=self.mesh, device=self.device, ops=self.ops)
+        check_engine(self.cfg, shape=self.mesh.shape, device=self.device.kind)
+        engine = ENGINES[self.cfg.engine.kind](self.cfg, objective=objective, mesh=self.mesh, device=self.device, ops=self.ops)
         check_capabilities(engine, self.cfg)
         return engine
 
@@ -97,11 +96,15 @@ class Session:
 
 
 def ranks_wanted(cfg: RunConfig) -> int:
-    """Local ranks that the plain command has to start: the mesh's product; dp_shard -1 takes every local accelerator."""
-    shape = MeshShape.from_config(cfg.parallel)
-    if cfg.parallel.dp_shard != -1:
-        return shape.world
-    return MeshShape.from_config(cfg.parallel, world=max(shape.world, select(cfg.device).count())).world
+    """Local ranks that the plain command has to start: the mesh's product; dp_shard -1 takes every local accelerator.
+
+    Raises UserError for an engine that does not run `cfg` on them.
+    """
+    shape, device = MeshShape.from_config(cfg.parallel), select(cfg.device)
+    if cfg.parallel.dp_shard == -1:
+        shape = MeshShape.from_config(cfg.parallel, world=max(shape.world, device.count()))
+    check_engine(cfg, shape=shape, device=device.kind)
+    return shape.world
 
 
 @contextmanager

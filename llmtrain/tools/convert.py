@@ -1,4 +1,4 @@
-"""Models between Hugging Face, GGUF and llmtrain.
+"""Models between Hugging Face, GGUF, DeepSpeed's checkpoints and llmtrain.
 
 llmtrain convert hf-folder runs/mine --to native --verify
 llmtrain convert runs/mine hf-folder --to hf --dtype bf16
@@ -67,7 +67,11 @@ def main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The words after `llmtrain convert`."""
     words = argparse.ArgumentParser(prog="llmtrain convert", description="Convert a model; nothing is left half written.")
-    words.add_argument("source", metavar="SRC", help="a Hugging Face folder, a run folder, a checkpoint in one, or a .gguf file")
+    words.add_argument(
+        "source",
+        metavar="SRC",
+        help="a Hugging Face folder, a run folder, a checkpoint in one, a .gguf file, or DeepSpeed's universal checkpoint",
+    )
     words.add_argument("destination", metavar="DST", help="the folder to write")
     words.add_argument("--to", choices=("native", "hf"), required=True, help="native: a run folder with weights; hf: a Hugging Face folder")
     words.add_argument("--dtype", choices=tuple(DTYPES), help="store the weights in this format (as they are)")
@@ -122,8 +126,9 @@ def _verify(source: ModelSource, destination: Path, *, to: str, dtype: torch.dty
 
 def _check_verifiable(source: ModelSource, to: str) -> None:
     require_transformers()
-    if source.kind == "native" and to == "native":
-        raise UserError("--verify needs a side that transformers reads; from a run folder to a run folder there is none")
+    if source.kind in ("native", "deepspeed") and to == "native":
+        side = "a run folder" if source.kind == "native" else "a checkpoint of DeepSpeed"
+        raise UserError(f"--verify needs a side that transformers reads; from {side} to a run folder there is none")
 
 
 class _Rounded:

@@ -1,9 +1,12 @@
-"""A model to convert, wherever it is: a Hugging Face folder, a run or a checkpoint of it, a GGUF file. Read tensor by tensor."""
+"""A model to convert, wherever it is: a Hugging Face folder, a run or a checkpoint of it, a GGUF file, a checkpoint of DeepSpeed.
+
+Read tensor by tensor.
+"""
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +19,7 @@ from llmtrain.config.pretrained import pretrained_tokenizer, pretrained_values, 
 from llmtrain.config.train import CheckpointConfig
 from llmtrain.convert.adapters import A, B, added, is_adapter
 from llmtrain.convert.companions import copy_companions, token_ids, write_generation
+from llmtrain.convert.deepspeed import KINDS, UniversalTensors, is_deepspeed, model_folder, steps_taken
 from llmtrain.convert.gguf import read_gguf
 from llmtrain.convert.hf_read import CONFIG, model_config
 from llmtrain.convert.import_hf import check
@@ -49,7 +53,7 @@ class ModelSource:
 
     path: Path
     kind: str
-    """hf, native or gguf."""
+    """hf, native, gguf or deepspeed."""
     cfg: ModelConfig
     tensors: Tensors
     companions: Path | None
@@ -61,6 +65,10 @@ class ModelSource:
     lora: LoraConfig | None = None
     """What adapters a run trained; None without. They are added to `tensors`, and stand on their own in `adapters`."""
     adapters: Tensors | None = None
+    moments: dict[str, Tensors] = field(default_factory=dict)
+    """exp_avg and exp_avg_sq, under the weights' names, where the source has them."""
+    steps: int = 0
+    """Optimizer steps that the moments have seen."""
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """(canonical name, whole tensor), one at a time."""
@@ -83,15 +91,18 @@ def open_source(path: str | Path) -> Iterator[ModelSource]:
             yield _gguf(path, stack)
         elif run := run_folder(path):
             yield _native(path, run)
+        elif is_deepspeed(path):
+            yield _deepspeed(path)
         elif (path / CONFIG).is_file():
             yield _hugging_face(path, stack)
         else:
             what = "it is none of them" if path.exists() else "there is no such file or folder"
-            raise UserError(f"{path}: allowed are a Hugging Face folder (config.json), a run folder (config.yaml), a .gguf file; {what}")
+            allowed = "a Hugging Face folder (config.json), a run folder (config.yaml), a .gguf file, a universal checkpoint of DeepSpeed"
+            raise UserError(f"{path}: allowed are {allowed}; {what}")
 
 
 class _Stored:
-    def __init__(self, stored: StoredTensors, cfg: ModelConfig):
+    def __init__(self, stored: StoredTensors | UniversalTensors, cfg: ModelConfig):
         self._stored, self._places, self._shapes = stored, check(stored, cfg), canonical_shapes(cfg)
         self.names = list(self._places)
 
@@ -105,6 +116,15 @@ class _Stored:
 def _hugging_face(path: Path, stack: ExitStack) -> ModelSource:
     cfg = model_config(path)
     return ModelSource(path, "hf", cfg, _Stored(stack.enter_context(StoredTensors(path)), cfg), path)
+
+
+def _deepspeed(path: Path) -> ModelSource:
+    companions = model_folder(path)
+    cfg, kinds = model_config(companions), {kind: UniversalTensors(path, kind) for kind in KINDS}
+    kinds = {kind: stored for kind, stored in kinds.items() if kind == "weight" or stored.names}
+    weights, *moments = (_Stored(stored, cfg) for stored in kinds.values())
+    named = dict(zip([kind for kind in kinds if kind != "weight"], moments))
+    return ModelSource(path, "deepspeed", cfg, weights, companions, moments=named, steps=steps_taken(kinds["weight"]))
 
 
 class _Checkpoint:

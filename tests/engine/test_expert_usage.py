@@ -16,6 +16,13 @@ BASE = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def world():
+    """The engines share one, of this process alone."""
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def engine_and_batches(changes: dict, **train):
     ffn = merge({"kind": "moe", "experts": E, "top_k": K, "hidden": 12}, changes)
     cfg = RunConfig.model_validate(merge(BASE, {"model": {"ffn": ffn}, "train": train}))

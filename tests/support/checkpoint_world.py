@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from engine_gradients import full
 from parity_rows import Row
-from sameness import BASE, Documents, build_engine, full, merge
+from sameness import BASE, Documents, build_engine, merge
 
 from llmtrain.config.run import RunConfig
 from llmtrain.config.train import CheckpointConfig

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from checkpoint_world import Run
+from engine_gradients import full
 from parity_rows import MODELS, Row
-from sameness import full
 
 from llmtrain.config.train import CheckpointConfig
 from llmtrain.layout.placement import Plan, home

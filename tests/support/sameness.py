@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from engine_gradients import gradients
 from routing import Routing
 
 from llmtrain.config.run import RunConfig
 from llmtrain.data.batch import NO_TARGET, Batch
 from llmtrain.device import select
 from llmtrain.device.dtypes import torch_dtype
-from llmtrain.engine import native
-from llmtrain.engine.native import build
+from llmtrain.engine import deepspeed, native  # noqa: F401 - they register themselves
+from llmtrain.engine.base import ENGINES
 from llmtrain.layout.steps import StepPlan
 from llmtrain.model.objective import cross_entropy
 from llmtrain.ops import Call, resolve
 from llmtrain.parallel import cp_ring, ep_rows
 from llmtrain.parallel import mesh as world
-from llmtrain.parallel.fsdp import local_tensor
 from llmtrain.tools.selftest.parity_run import nudge_weights
 from llmtrain.train.stream import micro_batches
 
@@ -222,24 +222,18 @@ def train(
 
 
 def build_engine(cfg: RunConfig, kind: str = "cpu"):
-    """The native engine of `cfg` in this world, on devices of this kind."""
+    """The engine of `cfg` in this world, on devices of this kind."""
     device = select(kind, int(os.environ.get("LOCAL_RANK", 0)))
     device.set_current()
     mesh = world.start(cfg.parallel, device=device)
     call = Call(device=kind, dtype=torch_dtype(cfg.precision.compute), documents=True, head_dim=8, heads=4, kv_heads=2)
-    return build(cfg, objective=cross_entropy, mesh=mesh, device=device, ops=resolve(cfg.kernels, call))
+    return ENGINES[cfg.engine.kind](cfg, objective=cross_entropy, mesh=mesh, device=device, ops=resolve(cfg.kernels, call))
 
 
 def first_step(engine, batches: list[Batch]) -> dict:
     """Gradients from all ranks, and every rank's target counts."""
-    trained = {name: p for name, p in engine.parameters.items() if p.grad is not None}
-    gradients = {name: full(p.grad).cpu().double().clone().numpy() for name, p in trained.items()}
-    everyone = {name: value for part in engine.mesh.gather(gradients) for name, value in part.items()}
+    everyone = {name: value for part in engine.mesh.gather(gradients(engine)) for name, value in part.items()}
     return {"gradients": everyone, "counts": engine.mesh.gather([batch.target_count for batch in batches])}
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else local_tensor(tensor)
 
 
 def train_all(scenarios: dict[str, dict], done: str | None = None) -> dict[str, dict]:
