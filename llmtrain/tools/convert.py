@@ -1,4 +1,4 @@
-"""Models between Hugging Face, GGUF and llmtrain.
+"""Models between Hugging Face, GGUF, Megatron-LM and llmtrain.
 
 llmtrain convert hf-folder runs/mine --to native --verify
 llmtrain convert runs/mine hf-folder --to hf --dtype bf16
@@ -17,7 +17,6 @@ import torch
 
 from llmtrain.convert.export import export_hf
 from llmtrain.convert.folders import whole_folder
-from llmtrain.convert.import_hf import left_out
 from llmtrain.convert.shapes import keeps_format
 from llmtrain.device.dtypes import DTYPES
 from llmtrain.errors import UserError
@@ -44,8 +43,8 @@ def main(argv: list[str]) -> int:
                 with whole_folder(destination) as partial:
                     write_native(source, partial, final=destination, dtype=dtype, seen=seen)
         seconds = time.perf_counter() - started
-        if source.kind == "hf" and (note := left_out(source.path, source.cfg)):
-            print(note, file=sys.stderr)
+        if source.left_out:
+            print(source.left_out, file=sys.stderr)
         print(f"{destination}: {source.parameters:,} parameters of {source.path} ({source.kind}), written in {seconds:.1f} s")
         if options.verify:
             _verify(source, destination, to=options.to, dtype=dtype)
@@ -55,7 +54,9 @@ def main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The words after `llmtrain convert`."""
     words = argparse.ArgumentParser(prog="llmtrain convert", description="Convert a model; nothing is left half written.")
-    words.add_argument("source", metavar="SRC", help="a Hugging Face folder, a run folder, a checkpoint in one, or a .gguf file")
+    words.add_argument(
+        "source", metavar="SRC", help="a Hugging Face folder, a run folder or a checkpoint in one, one of Megatron-LM's, or a .gguf file"
+    )
     words.add_argument("destination", metavar="DST", help="the folder to write")
     words.add_argument("--to", choices=("native", "hf"), required=True, help="native: a run folder with weights; hf: a Hugging Face folder")
     words.add_argument("--dtype", choices=tuple(DTYPES), help="store the weights in this format (as they are)")
@@ -89,8 +90,9 @@ def _verify(source: ModelSource, destination: Path, *, to: str, dtype: torch.dty
 
 def _check_verifiable(source: ModelSource, to: str) -> None:
     require_transformers()
-    if source.kind == "native" and to == "native":
-        raise UserError("--verify needs a side that transformers reads; from a run folder to a run folder there is none")
+    kinds = {"native": "a run folder", "megatron": "a checkpoint of Megatron-LM"}
+    if source.kind in kinds and to == "native":
+        raise UserError(f"--verify needs a side that transformers reads; from {kinds[source.kind]} to a run folder there is none")
 
 
 class _Rounded:

@@ -1,4 +1,5 @@
-"""A model to convert, wherever it is: a Hugging Face folder, a run or a checkpoint of it, a GGUF file. Read tensor by tensor."""
+"""A model to convert, wherever it is: a Hugging Face folder, a run or a checkpoint of it, one of Megatron-LM's, a GGUF file. Read tensor by
+tensor."""
 
 import tempfile
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from llmtrain.config.train import CheckpointConfig
 from llmtrain.convert.companions import copy_companions, token_ids, write_generation
 from llmtrain.convert.gguf import read_gguf
 from llmtrain.convert.hf_read import CONFIG, model_config
-from llmtrain.convert.import_hf import check
+from llmtrain.convert.import_hf import check, left_out
+from llmtrain.convert.megatron_files import LATEST
 from llmtrain.convert.reading import read_whole
 from llmtrain.convert.shapes import canonical_shapes
 from llmtrain.convert.stored import StoredTensors
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.tokenizer import load as load_tokenizer
 from llmtrain.errors import UserError
+from llmtrain.tools.megatron_source import open_megatron
 from llmtrain.train import checkpoint_state
 from llmtrain.train.checkpoint import Checkpointer
 
@@ -47,7 +50,7 @@ class ModelSource:
 
     path: Path
     kind: str
-    """hf, native or gguf."""
+    """hf, native, megatron or gguf."""
     cfg: ModelConfig
     tensors: Tensors
     companions: Path | None
@@ -56,6 +59,8 @@ class ModelSource:
     """A run's tokenizer, whose file may have any name."""
     reference: Any = None
     """transformers' own model, where reading needed it."""
+    left_out: str | None = None
+    """What to say of weights that have no place here."""
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """(canonical name, whole tensor), one at a time."""
@@ -80,9 +85,14 @@ def open_source(path: str | Path) -> Iterator[ModelSource]:
             yield _native(path, run)
         elif (path / CONFIG).is_file():
             yield _hugging_face(path, stack)
+        elif found := open_megatron(path):
+            yield ModelSource(path, "megatron", *found, None, left_out=_heads(path, found[1].left_out))
         else:
             what = "it is none of them" if path.exists() else "there is no such file or folder"
-            raise UserError(f"{path}: allowed are a Hugging Face folder (config.json), a run folder (config.yaml), a .gguf file; {what}")
+            raise UserError(
+                f"{path}: allowed are a Hugging Face folder (config.json), a run folder (config.yaml), a checkpoint of "
+                f"Megatron-LM ({LATEST}), a .gguf file; {what}"
+            )
 
 
 class _Stored:
@@ -97,9 +107,16 @@ class _Stored:
         return read_whole(self._stored, self._places[name])
 
 
+def _heads(path: Path, layers: list[str]) -> str | None:
+    return (
+        f"{path}: heads {', '.join(layers)} of multi-token prediction have a final norm of their own and are left out" if layers else None
+    )
+
+
 def _hugging_face(path: Path, stack: ExitStack) -> ModelSource:
     cfg = model_config(path)
-    return ModelSource(path, "hf", cfg, _Stored(stack.enter_context(StoredTensors(path)), cfg), path)
+    tensors = _Stored(stack.enter_context(StoredTensors(path)), cfg)
+    return ModelSource(path, "hf", cfg, tensors, path, left_out=left_out(path, cfg))
 
 
 class _Checkpoint:
