@@ -209,6 +209,13 @@ class NativeEngineConfig(Section):
     """The engine."""
 
 
+class MegatronEngineConfig(Section):
+    """megatron-core's layers, schedules and optimizer (docs/megatron.md)."""
+
+    kind: Literal["megatron"]
+    """The engine."""
+
+
 class LossScaleConfig(Section):
     """Dynamic loss scale for fp16."""
 
@@ -333,4 +340,4 @@ class GuardsConfig(Section):
     """Say where every rank is when one has waited in a collective for parallel.timeout, then end all of them with exit code 3."""
 
 
-EngineConfig = NativeEngineConfig
+EngineConfig = Annotated[NativeEngineConfig | MegatronEngineConfig, Field(discriminator="kind")]

@@ -83,6 +83,7 @@ def _one_step(cfg: RunConfig) -> float:
     from llmtrain.config.train import ParallelConfig
     from llmtrain.device import select
     from llmtrain.engine.base import ENGINES
+    from llmtrain.engine.megatron import build as _megatron  # noqa: F401
     from llmtrain.engine.native import build as _native  # noqa: F401
     from llmtrain.model.objective import cross_entropy
     from llmtrain.ops import resolve
