@@ -55,6 +55,7 @@ class MegatronEngine:
         sharded = shape.dp_shard > 1
         self.stages = MegatronStages(cfg, shared, mesh, sharded=sharded)
         self.layout = Layout(cfg.model, self.stages.models, mesh)
+        self.layout.mark()
         for held in self.layout.held.values():
             decayed = {is_decayed(part.name, cfg.optim) for part in held.entry.parts}
             if len(decayed) > 1:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
-from llmtrain.engine.megatron_modules import CoreAttention, LatentAttention, LatentExperts, Layer, Norm, added
+from llmtrain.engine.megatron_modules import CoreAttention, LatentAttention, LatentExperts, Layer, Norm, Router, added
 from llmtrain.engine.megatron_shared import Shared
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
@@ -29,10 +29,10 @@ from llmtrain.layout.pipeline import PipelinePlan
 gelu = partial(F.gelu, approximate="tanh")
 
 
-def transformer_config(cfg: RunConfig, shape: MeshShape, plan: PipelinePlan | None) -> TransformerConfig:
+def transformer_config(cfg: RunConfig, shape: MeshShape, plan: PipelinePlan | None, *, device: str) -> TransformerConfig:
     """megatron-core's configuration; what `megatron_check` lets pass, it can say."""
     model = cfg.model
-    values = _sizes(model) | _mesh(shape, plan) | _plain(cfg)
+    values = _sizes(model) | _mesh(shape, plan, device) | _plain(cfg)
     if model.ffn.kind == "moe":
         values |= _experts(model)
     if model.attention.kind != "mla":
@@ -63,7 +63,7 @@ def _sizes(model: ModelConfig) -> dict:
     }
 
 
-def _mesh(shape: MeshShape, plan: PipelinePlan | None) -> dict:
+def _mesh(shape: MeshShape, plan: PipelinePlan | None, device: str) -> dict:
     values = {
         "tensor_model_parallel_size": shape.tp,
         "sequence_parallel": shape.tp > 1,
@@ -77,7 +77,10 @@ def _mesh(shape: MeshShape, plan: PipelinePlan | None) -> dict:
         stages[0], stages[-1] = ["embedding", *stages[0]], [*stages[-1], "loss"]
         values["pipeline_model_parallel_layout"] = stages
         values["virtual_pipeline_model_parallel_size"] = plan.virtual if plan.virtual > 1 else None
-        values["deallocate_pipeline_outputs"] = True
+        # Gloo reads what it sends after the call, so that it must stay.
+        values["deallocate_pipeline_outputs"] = device != "cpu"
+        # Between two ranks that are each other's next and previous, messages in one batch would be taken for one another.
+        values |= {"overlap_p2p_comm": plan.virtual > 1, "batch_p2p_comm": plan.virtual == 1}
     return values
 
 
@@ -163,7 +166,7 @@ def _projections() -> MLPSubmodules:
 
 def _moe(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
     experts = ModuleSpec(module=SequentialMLP, submodules=_projections())
-    submodules = MoESubmodules(experts=experts, shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_projections()))
+    submodules = MoESubmodules(router=Router, experts=experts, shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_projections()))
     if model.ffn.descend is None:
         return ModuleSpec(module=MoELayer, submodules=submodules)
     return ModuleSpec(module=LatentExperts, submodules=submodules, params={"width": model.ffn.descend})

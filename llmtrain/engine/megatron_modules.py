@@ -7,8 +7,10 @@ import copy
 from functools import partial
 
 import torch
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -17,6 +19,9 @@ from torch.nn import functional as F
 
 from llmtrain.engine.megatron_shared import Shared
 from llmtrain.model.rope import attention_factor
+
+if not isinstance(multi_latent_attention.TELinear, type):
+    multi_latent_attention.HAVE_TE = False  # it takes a wrapper that can be imported for Transformer Engine itself
 
 
 class Norm(nn.Module):
@@ -68,16 +73,17 @@ class Whole(nn.Module):
         return F.linear(x, self.weight), None
 
 
-class _Angles:
+class _Angles(nn.Module):
     """Our RoPE in the place of megatron-core's: angles [S,B,1,d] at the micro-batch's own positions, and what cos and sin are times."""
 
     def __init__(self, shared: Shared):
+        super().__init__()
         self.shared = shared
 
     def get_rotary_seq_len(self, *_) -> int:
         return 0
 
-    def __call__(self, *_, **__) -> tuple[Tensor, float]:
+    def forward(self, *_, **__) -> tuple[Tensor, float]:
         rope = self.shared.rope
         positions = self.shared.micros[self.shared.current].positions
         angles = rope.angles(positions, torch.float32)  # [B,S,d/2]
@@ -97,6 +103,16 @@ class LatentAttention(MLASelfAttention):
             self.linear_q_down_proj = Whole(config, config.hidden_size, config.q_lora_rank)
         self.linear_kv_down_proj = Whole(config, config.hidden_size, config.kv_lora_rank + config.qk_pos_emb_head_dim)
         self.rotary_pos_emb = _Angles(shared)
+
+
+class Router(TopKRouter):
+    """megatron-core's, with logits in fp32 whatever the rest computes in; its own product asks for a name that only Transformer Engine
+    brings."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[S,B,D] -> [S,B,E]."""
+        self._maintain_float32_expert_bias()
+        return F.linear(input.float(), self.weight.float())
 
 
 class LatentExperts(MoELayer):

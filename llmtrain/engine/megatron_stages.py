@@ -20,6 +20,7 @@ from llmtrain.data.batch import NO_TARGET
 from llmtrain.engine.megatron_model import build_stages, transformer_config
 from llmtrain.engine.megatron_shared import Shared
 from llmtrain.engine.micro_batch import MicroBatch
+from llmtrain.errors import UserError
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.parallel.mesh import Mesh
 
@@ -47,7 +48,7 @@ class MegatronStages:
     def __init__(self, cfg: RunConfig, shared: Shared, mesh: Mesh, *, sharded: bool):
         self.cfg, self.shared, self.mesh = cfg, shared, mesh
         self.plan = PipelinePlan.from_config(cfg) if mesh.shape.pp > 1 else None
-        self.config = transformer_config(cfg, mesh.shape, self.plan)
+        self.config = transformer_config(cfg, mesh.shape, self.plan, device=mesh.device.kind)
         self.models = build_stages(cfg, self.config, shared, shape=mesh.shape, plan=self.plan, place=mesh.place("pp"))
         self.sharded = sharded
         self.wrapped: list[nn.Module] = []
@@ -69,6 +70,11 @@ class MegatronStages:
     def train(self, micros: Sequence[MicroBatch], *, objective: Callable[[dict], Tensor], scale: float) -> list[Tensor]:
         """Forward and backward of `objective` * scale over all micro-batches, gradients summed over ranks: the bare objectives, [] without
         the last stage."""
+        if len(self.wrapped) > 1 and len(micros) < self.mesh.shape.pp:
+            raise UserError(
+                f"engine megatron: {len(micros)} micro-batches of a step are fewer than parallel.pp {self.mesh.shape.pp}, which "
+                "parallel.virtual_stages needs; raise train.global_batch or lower train.micro_batch"
+            )
         for model in self.wrapped:
             model.train()
             model.zero_grad_buffer()
@@ -90,8 +96,9 @@ class MegatronStages:
         for model in self.wrapped:
             model.eval()
         found = []
-        for index in range(len(micros)):
-            found += self._run(micros[index : index + 1], lambda at, logits, index=index: result(index, logits), forward_only=True)
+        for index, micro in enumerate(micros):  # one by one, since the last ones of a validation may be shorter
+            again = self.mesh.shape.pp if len(self.wrapped) > 1 else 1  # virtual stages want as many as there are ranks
+            found += self._run([micro] * again, lambda at, logits, index=index: result(index, logits), forward_only=True)[:1]
         return found
 
     def _run(self, micros: Sequence[MicroBatch], loss: Callable, *, forward_only: bool) -> list[Tensor]:

@@ -75,6 +75,16 @@ class Layout:
             return None
         return max(0, min(len(tensor), self.cfg.vocab_size - len(tensor) * self.mesh.place("tp")))
 
+    def mark(self) -> None:
+        """Tell megatron-core which parameters tensor parallelism cuts, for the gradients' norm, as drawing weights would, which is left to
+        us; and which are experts', whose gradients are summed over other ranks."""
+        for held in self.held.values():
+            split = any(part.dim is not None or part.expert is not None for part in held.entry.parts)
+            held.parameter.tensor_model_parallel = split
+            if any(part.expert is not None for part in held.entry.parts) and self.mesh.shape.tp > self.mesh.shape.etp:
+                # Without expert parallelism it takes experts for dense layers, whose gradients ranks of tp do not add up.
+                held.parameter.allreduce = False
+
     def canonical(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Canonical tensors, DTensors on a mesh, of one tensor per parameter held here, by megatron-core's name."""
         found: dict[str, Tensor] = {}
