@@ -68,3 +68,35 @@ def train_all(scenarios: dict[str, dict]) -> dict[str, dict]:
         scenario = dict(scenario)
         runs[name] = train(scenario.pop("changes"), whole_rows=scenario.pop("whole"), **scenario)
     return runs
+
+
+def carry(changes: dict, *, source: str | None, target: str | None, first: int = 0, steps: int = 0) -> dict:
+    """Losses of `steps` steps from step `first` on, under the engine that `changes` names, from the checkpoint in the folder `source` if
+    given, saved to the folder `target` if given; and the whole state before and after them."""
+    from pathlib import Path
+
+    from llmtrain.config.train import CheckpointConfig
+    from llmtrain.train.checkpoint import Checkpointer
+
+    engine = start(changes)
+    plan, mesh, losses = StepPlan.from_config(engine.cfg), engine.mesh, []
+    if source is not None:
+        state, reader = engine.state(), Checkpointer(Path(source), CheckpointConfig(), writable=False)
+        meta = reader.load(reader.newest(), state)
+        engine.load_state(state)
+        engine.load_extra_state(meta["engine"])
+    before = whole(engine.state(), mesh)
+    for index in range(first, first + steps):
+        step = plan.step(index)
+        losses.append(engine.forward_backward(micro_batches(step, Documents(), rank=mesh.data_rank, ranks=mesh.shape.dp)).loss)
+        engine.apply(lr=step.lr)
+    after = whole(engine.state(), mesh)
+    if target is not None:
+        writer = Checkpointer(Path(target), CheckpointConfig(asynchronous=False))
+        writer.save(first + steps, engine.state(), {"step": first + steps, "engine": engine.extra_state()})
+        assert writer.failed is None
+    world.stop(mesh)
+    return {
+        "losses": losses,
+        **{name: {key: t.numpy() for key, t in part.items()} for name, part in (("before", before), ("after", after))},
+    }
