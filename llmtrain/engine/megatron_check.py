@@ -13,6 +13,11 @@ ASCEND = "0.12.1"
 """The one that MindSpeed pins, whose parameters have the same names and shapes (docs/megatron.md)."""
 
 
+def runs(version: str) -> bool:
+    """Whether the engine runs this version of megatron-core: that of VERSIONS, or another one of its minor release."""
+    return version.rpartition(".")[0] in {known.rpartition(".")[0] for known in VERSIONS}
+
+
 def check(cfg: RunConfig, *, device: str) -> None:
     """Raise UserError naming every option of `cfg` that stands in the way; also if megatron-core is missing, or too old or new."""
     if problems := [*_places(device), *_model(cfg), *_mesh(cfg), *_rest(cfg)]:
@@ -29,7 +34,7 @@ def _places(device: str) -> Iterator[str]:
     found = installed_version("megatron-core")
     if found is None:
         yield f"megatron-core is not installed; `pip install megatron-core=={VERSIONS[0]}` (Python 3.10 and 3.11) or set engine: native"
-    elif found.rpartition(".")[0] not in {version.rpartition(".")[0] for version in VERSIONS}:
+    elif not runs(found):
         yield f"megatron-core {found} is installed, the engine knows {', '.join(VERSIONS)}"
 
 
