@@ -1,4 +1,4 @@
-# make quickstart | make test | make test-npu | make test-kernels | make lint | make parity | make bench-train.
+# make quickstart | make test | make test-npu | make test-kernels | make test-engines | make lint | make parity | make bench-train.
 # TORCH and TORCH_INDEX choose the build of PyTorch:
 #   laptop:  TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   Volta:   TORCH_INDEX=https://download.pytorch.org/whl/cu126   (later CUDA builds dropped it)
@@ -12,7 +12,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test test-torch test-npu test-kernels parity lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test test-torch test-npu test-kernels test-engines parity lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -112,6 +112,23 @@ test-kernels:
 	@echo "test-kernels: left out on $(NPU_MACHINE): its packages have wheels for Linux-x86_64"
 endif
 
+# The engines that are packages of their own. megatron-core: the version that the engine runs, and the one that Ascend's stack pins, of which
+# only the names of parameters are looked at.
+ENGINES_VENV = .engines-venv
+OLD_MEGATRON = $(CURDIR)/$(ENGINES_VENV)/megatron-0.12.1
+$(ENGINES_VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(ENGINES_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
+	$(ENGINES_VENV)/bin/pip install --quiet pytest pytest-xdist pytest-timeout packaging -e .
+	$(ENGINES_VENV)/bin/pip install --quiet --no-deps megatron-core==0.16.1
+	$(ENGINES_VENV)/bin/pip install --quiet --no-deps --target $(OLD_MEGATRON) megatron-core==0.12.1
+	touch $@
+
+test-engines: $(ENGINES_VENV)/.installed
+	LLMTRAIN_MEGATRON_0_12_1=$(OLD_MEGATRON) OMP_NUM_THREADS=1 \
+		$(ENGINES_VENV)/bin/python -m pytest tests/engines -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+
 # Every mesh against one process, in float64 and float32 -> docs/parity.md. About 20 minutes on 2 cores.
 parity: install-test
 	$(BIN)/python tests/parallel/matrix.py $(ARGS)
@@ -134,4 +151,4 @@ bench-train: .bench-venv/.installed
 	.bench-venv/bin/python bench/train.py --memory
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(KERNELS_VENV) $(ASCEND_VENV) .bench-venv build dist *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) $(KERNELS_VENV) $(ASCEND_VENV) $(ENGINES_VENV) .bench-venv build dist *.egg-info
