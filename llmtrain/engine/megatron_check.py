@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from llmtrain.config.run import RunConfig
 from llmtrain.errors import UserError
+from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.packages import installed_version
 
@@ -18,8 +19,11 @@ def runs(version: str) -> bool:
     return version.rpartition(".")[0] in {known.rpartition(".")[0] for known in VERSIONS}
 
 
-def check(cfg: RunConfig, *, device: str) -> None:
-    """Raise UserError naming every option of `cfg` that stands in the way; also if megatron-core is missing, or too old or new."""
+def check(cfg: RunConfig, *, device: str, shape: MeshShape | None = None) -> None:
+    """Raise UserError naming every option of `cfg` that stands in the way; also if megatron-core is missing, or too old or new.
+
+    What `shape` says follows from `cfg`, so that it is not asked.
+    """
     if problems := [*_places(device), *_model(cfg), *_mesh(cfg), *_rest(cfg)]:
         raise UserError("engine megatron: " + "; ".join(problems))
 

@@ -3,15 +3,21 @@
 Runs where megatron-core is installed (`make test-engines`), each world in processes of its own, whose torch answers for CUDA.
 """
 
+from functools import partial
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
+import worlds
 from megatron_rows import ROWS
 from parity_rows import Row, references, schedule
 from sameness import loss_difference
-from worlds import run_world
 
 from llmtrain.packages import installed_version
 
+FRESH = find_spec("deepspeed") is not None
+"""Ranks are interpreters of their own where others would be forks of one that has imported DeepSpeed."""
+run_world = partial(worlds.run_world, fresh=FRESH)
 pytestmark = pytest.mark.skipif(installed_version("megatron-core") is None, reason="megatron-core is not installed; make test-engines")
 STEPS, FACTOR = 8, 5.0
 NUDGES = 3
