@@ -100,3 +100,9 @@ def carry(changes: dict, *, source: str | None, target: str | None, first: int =
         "losses": losses,
         **{name: {key: t.numpy() for key, t in part.items()} for name, part in (("before", before), ("after", after))},
     }
+
+
+def ascend(cases: list) -> list[dict]:
+    """Sweeps of gradient ascent as `gap_world.sweeps` makes them."""
+    importlib.import_module("megatron_cpu")
+    return importlib.import_module("gap_world").sweeps(cases)
