@@ -83,12 +83,13 @@ class MegatronEngine:
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Gradients of the mean over all target tokens of the step; see Engine."""
         total = self._count_targets(micro_batches)
-        losses = self.stages.train(self._prepared(micro_batches), objective=self.objective, scale=1.0 / total)
+        prepared = self._prepared(micro_batches, heads=self.cfg.model.mtp.heads)
+        losses = self.stages.train(prepared, objective=self.objective, scale=1.0 / total)
         self._norm = self.optimizer.grad_norm()
         return self._result(micro_batches, [loss.item() for loss in losses], total)
 
-    def _prepared(self, batches: Sequence[Batch]) -> list[MicroBatch]:
-        return [prepare(batch, device=self.device, cp=self.cp, multiple=self.mesh.shape.tp) for batch in batches]
+    def _prepared(self, batches: Sequence[Batch], *, heads: int = 0) -> list[MicroBatch]:
+        return [prepare(batch, device=self.device, cp=self.cp, multiple=self.mesh.shape.tp, heads=heads) for batch in batches]
 
     def _count_targets(self, micro_batches: Sequence[Batch]) -> int:
         # Ranks that differ along pp, cp and tp alone have read the same samples.

@@ -47,7 +47,7 @@ def _model(cfg: RunConfig) -> Iterator[str]:
     if model.family != "transformer":
         yield f"model.family {model.family}: it builds `transformer`"
     if model.mtp.heads:
-        yield f"model.mtp.heads {model.mtp.heads}: megatron-core's heads have a final norm of their own, ours share the model's"
+        yield from _ahead(cfg)
     if "auto" in (norm.c_attention, norm.c_ffn) and norm.placement == "depth_scaled_sandwich":
         yield "model.norm.c_attention or c_ffn auto: measure it with engine native"
     if norm.kind == "layer_norm" and a.kind == "gqa" and a.qk_norm:
@@ -59,6 +59,16 @@ def _model(cfg: RunConfig) -> Iterator[str]:
         yield f"model.attention.norm_eps {a.norm_eps}: all norms have model.norm.eps {norm.eps}"
     if ffn.kind == "moe":
         yield from _experts(cfg)
+
+
+def _ahead(cfg: RunConfig) -> Iterator[str]:
+    name = f"model.mtp.heads {cfg.model.mtp.heads}"
+    if cfg.model.position.kind == "learned":
+        yield f"{name} with model.position.kind learned"
+    if cfg.parallel.pp > 1 and cfg.model.tie_embeddings:
+        yield f"{name} with model.tie_embeddings and parallel.pp {cfg.parallel.pp}: the last stage would hold two copies of the embedding"
+    if cfg.parallel.pp > 1 and cfg.parallel.virtual_stages > 1:
+        yield f"{name} with parallel.virtual_stages {cfg.parallel.virtual_stages}"
 
 
 def _experts(cfg: RunConfig) -> Iterator[str]:

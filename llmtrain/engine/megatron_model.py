@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
 from llmtrain.engine.megatron_modules import CoreAttention, LatentAttention, LatentExperts, Layer, Norm, Router, added
+from llmtrain.engine.megatron_mtp import LookingAhead
 from llmtrain.engine.megatron_shared import Shared
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
@@ -183,7 +184,8 @@ def build_stages(
         blocks = range(model.layers) if plan is None else plan.blocks(stage)
         specs = [layer_spec(model.of_block(block), config, shared) for block in blocks]
         block = TransformerBlockSubmodules(layer_specs=specs, layer_norm=ModuleSpec(module=Norm, params={"shared": shared}))
-        found[stage] = GPTModel(
+        ahead = stage == last and model.mtp.heads > 0
+        found[stage] = (LookingAhead if ahead else GPTModel)(
             config,
             block,
             vocab_size=-(-model.vocab_size // shape.tp) * shape.tp,
@@ -194,4 +196,9 @@ def build_stages(
             position_embedding_type="learned_absolute" if model.position.kind == "learned" else "none",
             vp_stage=chunk if len(stages) > 1 else None,
         )
+        if ahead:
+            found[stage].add_heads(layer_spec(model, config, shared), shared, model.mtp.heads)
+        elif model.mtp.heads and stage == 0:
+            found[stage].embedding.word_embeddings.weight.shared_embedding = True
+    config.mtp_num_layers = model.mtp.heads or None  # told late: its own heads are not to be built
     return found

@@ -79,9 +79,9 @@ class MegatronStages:
             model.train()
             model.zero_grad_buffer()
 
-        def loss(index: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            value = objective({"ce_sum": self._ce_sum(logits, micros[index].targets)})
-            return value * scale, torch.zeros([], dtype=torch.int, device=logits.device), value.detach()
+        def loss(index: int, logits: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+            value = objective(self._outputs(logits, micros[index]))
+            return value * scale, torch.zeros([], dtype=torch.int, device=value.device), value.detach()
 
         return self._run(micros, loss, forward_only=False)
 
@@ -121,6 +121,15 @@ class MegatronStages:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
+
+    def _outputs(self, logits: Tensor | tuple[Tensor, ...], micro: MicroBatch) -> dict:
+        """What an objective is told: as our model gives it."""
+        if isinstance(logits, Tensor):
+            return {"ce_sum": self._ce_sum(logits, micro.targets)}
+        first, *others = logits
+        sums = [self._ce_sum(part, targets) for part, (_, targets) in zip(others, micro.ahead)]
+        weight = self.cfg.model.mtp.loss_weight / len(sums)
+        return {"ce_sum": self._ce_sum(first, micro.targets), "mtp_ce_sum": sum(sums[1:], sums[0]), "mtp_weight": weight}
 
     def _ce_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of logits [B,S,V/t] summed over targets [B,S], in fp32; padding of the vocabulary is no choice."""

@@ -45,13 +45,15 @@ class Layout:
         self.cfg, self.mesh = cfg, mesh
         by_name = {entry.name: entry for entry in entries(cfg)}
         self.held: dict[str, Held] = {}
-        self.tied: Tensor | None = None
-        """The last stage's copy of a tied embedding."""
+        self.copy: Tensor | None = None
+        """The last stage's copy of an embedding that is tied, or looks ahead."""
         for stage, model in models.items():
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 whole = self._whole_name(name, model)
                 if whole == "output_layer.weight" and cfg.tie_embeddings:
-                    self.tied = tensor if stage else None
+                    self.copy = tensor if stage else None
+                elif stage and whole == "embedding.word_embeddings.weight":
+                    self.copy = tensor
                 elif whole in by_name:
                     self.held[whole] = Held(by_name[whole], tensor, self._rows(whole, tensor))
                 elif tensor.requires_grad:
@@ -151,7 +153,7 @@ class State:
 
     @torch.no_grad()
     def put(self, state: dict[str, Tensor]) -> None:
-        """Take over what `get` gave, and make the copy of a tied embedding equal to it."""
+        """Take over what `get` gave, and make the copy of an embedding equal to it."""
         for kind in KINDS:
             tensors = {name.removesuffix(f".{kind}"): tensor for name, tensor in state.items() if name.endswith(f".{kind}")}
             for name, local in self.layout.local(tensors):
@@ -160,9 +162,11 @@ class State:
 
     def _tie(self, kind: str) -> None:
         group, held = mpu.get_embedding_group(check_initialized=False), self.layout.held.get("embedding.word_embeddings.weight")
-        if not self.layout.cfg.tie_embeddings or self.layout.mesh.shape.pp == 1 or (held is None and self.layout.tied is None):
+        cfg = self.layout.cfg
+        copied = (cfg.tie_embeddings or cfg.mtp.heads > 0) and self.layout.mesh.shape.pp > 1
+        if not copied or (held is None and self.layout.copy is None):
             return
-        parameter = held.parameter if held is not None else self.layout.tied
+        parameter = held.parameter if held is not None else self.layout.copy
         tensor = self.optimizer.whole(parameter, kind)
         dist.broadcast(tensor, dist.get_process_group_ranks(group)[0], group=group)
         if held is None:

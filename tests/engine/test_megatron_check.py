@@ -24,7 +24,7 @@ def config(changes: dict) -> RunConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"mtp": {"heads": 1}}}, r"model\.mtp\.heads 1"),
+        ({"model": {"mtp": {"heads": 1}, "tie_embeddings": True}, "parallel": {"pp": 2}}, r"model\.mtp\.heads 1 with model\.tie_emb"),
         ({"model": {"norm": {"c_ffn": "auto"}}}, r"c_attention or c_ffn auto"),
         ({"model": {"attention": {"out_bias": True}}}, r"model\.attention\.qkv_bias, out_bias and model\.ffn\.bias"),
         ({"model": {"ffn": MOE | {"balance": {"weight": 0.1}}}}, r"model\.ffn\.balance"),

@@ -5,6 +5,7 @@ from parity_rows import ACCUMULATE, FULL, MODELS, RING, ULYSSES, Row, schedule
 MODELS |= {
     "MLA": {"attention": MODELS["latent MoE"]["attention"]},
     "MLA, no query rank": {"attention": MODELS["latent MoE"]["attention"] | {"query_rank": None}},
+    "MTP, latent MoE": MODELS["latent MoE"] | {"mtp": {"heads": 1}},
     "pre-norm": {"norm": {"placement": "pre"}},
     "grouped MoE": {
         "ffn": {
@@ -37,6 +38,10 @@ ROWS = [
     Row({"pp": 2}, options=schedule("1f1b", layers=[1, 2]) | FULL),
     Row({"pp": 2}, "4 layers, tied", schedule("interleaved", 2)),
     Row({"pp": 2}, "latent MoE"),
+    Row({}, "MTP 2, tied", FULL),
+    Row({"pp": 2}, "MTP"),
+    Row({"tp": 2}, "MTP"),
+    Row({"cp": 2}, "MTP"),
     Row({"cp": 2}),
     Row({"cp": 2}, "MLA", RING),
     Row({"cp": 2}, options=ULYSSES, whole=True),
@@ -51,5 +56,6 @@ ROWS = [
     Row({"pp": 2, "dp_shard": 2, "ep": 2}, "MoE, 4 layers", schedule("1f1b")),
     Row({"dp_shard": 2, "tp": 2, "ep": 4}, "grouped MoE"),
     Row({"pp": 2, "tp": 2, "ep": 2}, "latent MoE"),
+    Row({"pp": 2, "tp": 2, "ep": 2}, "MTP, latent MoE"),
     Row({"cp": 2, "tp": 2}, options=RING),
 ]
