@@ -115,17 +115,22 @@ test-kernels:
 endif
 
 # The engines that are packages of their own (docs/engines.md). DeepSpeed compiles a C++ extension when it first starts on a CPU: it needs g++.
+# megatron-core: the version that the engine runs, and the one that Ascend's stack pins, of which only the names of parameters are looked at.
 ENGINES_VENV = .engines-venv
+OLD_MEGATRON = $(CURDIR)/$(ENGINES_VENV)/megatron-0.12.1
 $(ENGINES_VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(ENGINES_VENV)
 	$(ENGINES_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
 	$(ENGINES_VENV)/bin/pip install --quiet $(INDEX_FLAG) $(TORCH)
 	DS_BUILD_OPS=0 $(ENGINES_VENV)/bin/pip install --quiet --no-build-isolation $(DEEPSPEED)
-	$(ENGINES_VENV)/bin/pip install --quiet pytest pytest-xdist pytest-timeout transformers -e .
+	$(ENGINES_VENV)/bin/pip install --quiet pytest pytest-xdist pytest-timeout transformers packaging -e .
+	$(ENGINES_VENV)/bin/pip install --quiet --no-deps megatron-core==0.16.1
+	$(ENGINES_VENV)/bin/pip install --quiet --no-deps --target $(OLD_MEGATRON) megatron-core==0.12.1
 	touch $@
 
 test-engines: $(ENGINES_VENV)/.installed
-	OMP_NUM_THREADS=1 $(ENGINES_VENV)/bin/python -m pytest tests/engines -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+	LLMTRAIN_MEGATRON_0_12_1=$(OLD_MEGATRON) OMP_NUM_THREADS=1 \
+		$(ENGINES_VENV)/bin/python -m pytest tests/engines -n 2 --dist loadfile --durations 8 -rs $(ARGS)
 
 # Every mesh against one process, in float64 and float32 -> docs/parity.md. About 20 minutes on 2 cores.
 parity: install-test

@@ -42,7 +42,7 @@ setup(
         "npu": ["torch-npu"],
         "cuda": ["triton"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
-        "megatron": ["megatron-core"],
+        "megatron": ["megatron-core>=0.16.1,<0.17"],
         "hf": ["transformers", "gguf", "accelerate"],
         "viz": ["matplotlib", "tensorboard"],
         "track": ["wandb", "swanlab"],

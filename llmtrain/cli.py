@@ -31,7 +31,7 @@ VERBS = {
     "gap": Verb(STAGE, "Gradient Ascent Post-training: a few steps up the loss of one text, many texts, measured"),
     "metaladder": Verb(STAGE, "train on problems with analogous ones, self-evolve, and check the answers"),
     "generate": Verb("llmtrain.tools.generate", "continue a prompt with a trained model"),
-    "convert": Verb("llmtrain.tools.convert", "read and write Hugging Face folders, read GGUF files; compare with transformers"),
+    "convert": Verb("llmtrain.tools.convert", "read and write Hugging Face folders, read GGUF and Megatron checkpoints; compare"),
     "eval": Verb("llmtrain.tools.evaluate", "perplexity, dialogue, needle, RoPE base, lm-eval tasks, problems; compare; error rates"),
     "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokens and conversations; MetaLadder's problems"),
     "config": Verb("llmtrain.tools.config", "show, compare and explain configurations; list the published models"),

@@ -27,3 +27,11 @@ def wrong_apex(path: Sequence[str] | None = None) -> str | None:
     if installed is None or any((home / part).exists() for home in homes for part in ("amp", "optimizers", "normalization")):
         return None
     return f"this apex is not NVIDIA's: apex {installed.version} of the package index is a web toolkit"
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

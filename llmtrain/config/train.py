@@ -210,6 +210,13 @@ class NativeEngineConfig(Section):
     """The engine."""
 
 
+class MegatronEngineConfig(Section):
+    """megatron-core's layers, schedules and optimizer (docs/megatron.md)."""
+
+    kind: Literal["megatron"]
+    """The engine."""
+
+
 class LossScaleConfig(Section):
     """Dynamic loss scale for fp16."""
 
@@ -334,4 +341,4 @@ class GuardsConfig(Section):
     """Say where every rank is when one has waited in a collective for parallel.timeout, then end all of them with exit code 3."""
 
 
-EngineConfig = Annotated[NativeEngineConfig | DeepSpeedEngineConfig, Field(discriminator="kind")]
+EngineConfig = Annotated[NativeEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig, Field(discriminator="kind")]

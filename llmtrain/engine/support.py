@@ -28,6 +28,15 @@ SUPPORT: dict[str, dict[str, Cell]] = {
         "cuda": Cell("not run on hardware"),
         "npu": Cell("tested over the stand-in: ZeRO 1 to 3 in fp32 on 2 ranks, `make test-npu`; not run on hardware"),
     },
+    "megatron": {
+        "cpu": Cell("megatron-core asks for CUDA, for which its tests stand in (`make test-engines`); set engine native", refused=True),
+        "cuda": Cell("not run on hardware"),
+        "npu": Cell(
+            "not run there, and MindSpeed pins megatron-core 0.12.1; parameters are the same, so that checkpoints carry over; "
+            "set engine native",
+            refused=True,
+        ),
+    },
 }
 """Cells by engine and device."""
 

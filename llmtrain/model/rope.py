@@ -67,11 +67,14 @@ class Rope(nn.Module):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [B,S] -> cos, sin [B,1,S,d] in `dtype`; angles in fp32, in fp64 if `dtype` is."""
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        angles = positions[..., None].to(precise) * self._on(positions.device, precise)  # [B,S,d/2]
+        angles = self.angles(positions, torch.float64 if dtype == torch.float64 else torch.float32)
         factor = attention_factor(self.scaling)
         cos, sin = ((t if factor == 1.0 else t * factor).to(dtype) for t in (angles.cos(), angles.sin()))
         return torch.cat((cos, cos), -1)[:, None], torch.cat((sin, sin), -1)[:, None]
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """positions [B,S] -> the angle of each rotated pair [B,S,d/2] in `dtype`."""
+        return positions[..., None].to(dtype) * self._on(positions.device, dtype)
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (self.base, device, dtype)

@@ -13,6 +13,7 @@ from llmtrain.device import Device, select
 from llmtrain.device.dtypes import torch_dtype
 from llmtrain.engine.base import ENGINES, Engine, check_capabilities, check_engine
 from llmtrain.engine.deepspeed import build as _register_deepspeed  # noqa: F401
+from llmtrain.engine.megatron import build as _register_megatron  # noqa: F401
 from llmtrain.engine.native import build as _register_native  # noqa: F401
 from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape

@@ -1,6 +1,7 @@
 """`llmtrain config`: what a run's configuration is, where each value came from, and what may be set."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,19 @@ from llmtrain.config.parameters import count_parameters, worth_saying
 from llmtrain.config.published import PRESETS
 from llmtrain.config.run import RunConfig
 from llmtrain.config.yamlfile import inline
+from llmtrain.convert.megatron_yaml import translate
 
 USAGE = """usage: llmtrain config show -c FILE [--section.key VALUE ...]   every value, where it came from, parameters by part
        llmtrain config show --presets                           the published models
        llmtrain config diff A B                                 what differs between two YAML files or run folders
        llmtrain config schema                                   JSON Schema, for completion in editors
-       llmtrain config help [SECTION]                           every option with its documentation"""
+       llmtrain config help [SECTION]                           every option with its documentation
+       llmtrain config from-megatron WORDS ...                  arguments of Megatron-LM or MindSpeed-LLM as YAML"""
 
 
 def main(argv: list[str]) -> int:
     """Run `llmtrain config ARGV`; returns 0. Raises ConfigError for what the user can correct."""
-    actions = {"show": show, "diff": diff, "schema": print_schema, "help": print_help}
+    actions = {"show": show, "diff": diff, "schema": print_schema, "help": print_help, "from-megatron": from_megatron}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -119,6 +122,18 @@ def differences(a: RunConfig, b: RunConfig) -> list[tuple[str, str, str]]:
 
 def _load_any(path: Path) -> LoadedConfig:
     return load(path / "config.yaml" if path.is_dir() else path, [])
+
+
+def from_megatron(argv: list[str]) -> None:
+    """Print the YAML that does what these arguments of Megatron-LM or MindSpeed-LLM do; on stderr, what needs no option here.
+
+    Raises ConfigError, after the YAML, if it is none that a run accepts.
+    """
+    found = translate(argv)
+    print(found.text())
+    for word, reason in found.unneeded.items():
+        print(f"needs no option: {word} ({reason})", file=sys.stderr)
+    RunConfig.load(found.values)
 
 
 def print_schema(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Models between Hugging Face, GGUF, DeepSpeed's checkpoints and llmtrain.
+"""Models between Hugging Face, GGUF, checkpoints of DeepSpeed and Megatron-LM, and llmtrain.
 
 llmtrain convert hf-folder runs/mine --to native --verify
 llmtrain convert runs/mine hf-folder --to hf --dtype bf16
@@ -21,7 +21,6 @@ from llmtrain.config.pretrained import run_folder
 from llmtrain.convert.adapters import is_adapter
 from llmtrain.convert.export import export_hf
 from llmtrain.convert.folders import whole_folder
-from llmtrain.convert.import_hf import left_out
 from llmtrain.convert.peft import export_peft
 from llmtrain.convert.shapes import keeps_format
 from llmtrain.device.dtypes import DTYPES
@@ -55,8 +54,8 @@ def main(argv: list[str]) -> int:
                 with whole_folder(destination) as partial:
                     write_native(source, partial, final=destination, dtype=dtype, seen=seen)
         seconds = time.perf_counter() - started
-        if source.kind == "hf" and (note := left_out(source.path, source.cfg)):
-            print(note, file=sys.stderr)
+        if source.left_out:
+            print(source.left_out, file=sys.stderr)
         count = adapter_parameters(source.lora, source.cfg) if apart else source.parameters
         print(f"{destination}: {count:,} parameters of {source.path} ({source.kind}), written in {seconds:.1f} s")
         if options.verify:
@@ -70,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument(
         "source",
         metavar="SRC",
-        help="a Hugging Face folder, a run folder, a checkpoint in one, a .gguf file, or DeepSpeed's universal checkpoint",
+        help="a Hugging Face folder, a run folder or a checkpoint in one, one of Megatron-LM's, DeepSpeed's universal one, or a .gguf file",
     )
     words.add_argument("destination", metavar="DST", help="the folder to write")
     words.add_argument("--to", choices=("native", "hf"), required=True, help="native: a run folder with weights; hf: a Hugging Face folder")
@@ -126,9 +125,9 @@ def _verify(source: ModelSource, destination: Path, *, to: str, dtype: torch.dty
 
 def _check_verifiable(source: ModelSource, to: str) -> None:
     require_transformers()
-    if source.kind in ("native", "deepspeed") and to == "native":
-        side = "a run folder" if source.kind == "native" else "a checkpoint of DeepSpeed"
-        raise UserError(f"--verify needs a side that transformers reads; from {side} to a run folder there is none")
+    kinds = {"native": "a run folder", "deepspeed": "a checkpoint of DeepSpeed", "megatron": "a checkpoint of Megatron-LM"}
+    if source.kind in kinds and to == "native":
+        raise UserError(f"--verify needs a side that transformers reads; from {kinds[source.kind]} to a run folder there is none")
 
 
 class _Rounded:

@@ -1,4 +1,4 @@
-"""A model to convert, wherever it is: a Hugging Face folder, a run or a checkpoint of it, a GGUF file, a checkpoint of DeepSpeed.
+"""A model to convert: a Hugging Face folder, a run or a checkpoint of it, one of Megatron-LM's or DeepSpeed's, a GGUF file.
 
 Read tensor by tensor.
 """
@@ -22,13 +22,15 @@ from llmtrain.convert.companions import copy_companions, token_ids, write_genera
 from llmtrain.convert.deepspeed import KINDS, UniversalTensors, is_deepspeed, model_folder, steps_taken
 from llmtrain.convert.gguf import read_gguf
 from llmtrain.convert.hf_read import CONFIG, model_config
-from llmtrain.convert.import_hf import check
+from llmtrain.convert.import_hf import check, left_out
+from llmtrain.convert.megatron_files import LATEST
 from llmtrain.convert.reading import read_whole
 from llmtrain.convert.shapes import canonical_shapes
 from llmtrain.convert.stored import StoredTensors
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.tokenizer import load as load_tokenizer
 from llmtrain.errors import UserError
+from llmtrain.tools.megatron_source import open_megatron
 from llmtrain.train import checkpoint_state
 from llmtrain.train.checkpoint import Checkpointer
 
@@ -53,7 +55,7 @@ class ModelSource:
 
     path: Path
     kind: str
-    """hf, native, gguf or deepspeed."""
+    """hf, native, megatron, deepspeed or gguf."""
     cfg: ModelConfig
     tensors: Tensors
     companions: Path | None
@@ -69,6 +71,8 @@ class ModelSource:
     """exp_avg and exp_avg_sq, under the weights' names, where the source has them."""
     steps: int = 0
     """Optimizer steps that the moments have seen."""
+    left_out: str | None = None
+    """What to say of weights that have no place here."""
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """(canonical name, whole tensor), one at a time."""
@@ -95,10 +99,12 @@ def open_source(path: str | Path) -> Iterator[ModelSource]:
             yield _deepspeed(path)
         elif (path / CONFIG).is_file():
             yield _hugging_face(path, stack)
+        elif found := open_megatron(path):
+            yield ModelSource(path, "megatron", *found, None, left_out=_heads(path, found[1].left_out))
         else:
             what = "it is none of them" if path.exists() else "there is no such file or folder"
             allowed = "a Hugging Face folder (config.json), a run folder (config.yaml), a .gguf file, a universal checkpoint of DeepSpeed"
-            raise UserError(f"{path}: allowed are {allowed}; {what}")
+            raise UserError(f"{path}: allowed are {allowed}, a checkpoint of Megatron-LM ({LATEST}); {what}")
 
 
 class _Stored:
@@ -113,9 +119,16 @@ class _Stored:
         return read_whole(self._stored, self._places[name])
 
 
+def _heads(path: Path, layers: list[str]) -> str | None:
+    return (
+        f"{path}: heads {', '.join(layers)} of multi-token prediction have a final norm of their own and are left out" if layers else None
+    )
+
+
 def _hugging_face(path: Path, stack: ExitStack) -> ModelSource:
     cfg = model_config(path)
-    return ModelSource(path, "hf", cfg, _Stored(stack.enter_context(StoredTensors(path)), cfg), path)
+    tensors = _Stored(stack.enter_context(StoredTensors(path)), cfg)
+    return ModelSource(path, "hf", cfg, tensors, path, left_out=left_out(path, cfg))
 
 
 def _deepspeed(path: Path) -> ModelSource:

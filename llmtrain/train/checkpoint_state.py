@@ -157,19 +157,22 @@ def write(folder: Path, local_plan: SavePlan, staged: State, *, group=None, worl
     dcp.save({}, storage_writer=_Writer(folder), planner=_StagedPlanner(local_plan, staged), process_group=group, no_dist=world == 1)
 
 
-class _Reader(dcp.FileSystemReader):
+class MetadataReader(dcp.FileSystemReader):
+    """Reads the files of a checkpoint by a table of contents that was read already."""
+
     def __init__(self, path: Path, metadata: Metadata):
         super().__init__(path)
         self._metadata = metadata
 
     def read_metadata(self) -> Metadata:
+        """That table."""
         return self._metadata
 
 
 def read(path: Path, state: State, metadata: Metadata, *, group=None, world: int = 1) -> None:
     """Fill `state` in place from the checkpoint `path`, whatever the sharding it was saved with; all ranks call it."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(dict(state), storage_reader=_Reader(path, metadata), planner=planner, process_group=group, no_dist=world == 1)
+    dcp.load(dict(state), storage_reader=MetadataReader(path, metadata), planner=planner, process_group=group, no_dist=world == 1)
 
 
 def _some(names: list[str], limit: int = 5) -> str:

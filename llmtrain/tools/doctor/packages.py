@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+from llmtrain.engine.megatron_check import ASCEND, VERSIONS, runs
 from llmtrain.packages import places, wrong_apex
 from llmtrain.tools.doctor.machine import Line, Verdict
 
@@ -59,7 +60,7 @@ def lines(path: Sequence[str] | None = None) -> list[Line]:
     if "torch" not in installed:
         fix = "`pip install torch` (Volta: --index-url https://download.pytorch.org/whl/cu126; CPU alone: .../whl/cpu)"
         found.append(Line("packages", "torch", Verdict.WRONG, "not installed", fix))
-    return found + _copies(installed) + _triton(installed) + _apex(path) + _hidden(installed, path)
+    return found + _copies(installed) + _triton(installed) + _apex(path) + _megatron(installed) + _hidden(installed, path)
 
 
 def _copies(installed: dict[str, list[tuple[str, str]]]) -> list[Line]:
@@ -89,6 +90,20 @@ def _apex(path: Sequence[str]) -> list[Line]:
     text = wrong_apex(path)
     fix = "`pip uninstall apex`; llmtrain needs no apex. NVIDIA's is built from its source repository"
     return [Line("packages", "apex", Verdict.WRONG, text, fix)] if text else []
+
+
+def _megatron(installed: dict[str, list[tuple[str, str]]]) -> list[Line]:
+    """Whether the engine megatron runs the installed megatron-core."""
+    if "megatron-core" not in installed:
+        return []
+    number = installed["megatron-core"][0][0]
+    if "torch-npu" in installed:
+        pinned = "which is installed" if number == ASCEND else f"not {number}"
+        return [Line("packages", "engine megatron", Verdict.NOTE, f"not on NPUs: MindSpeed pins megatron-core {ASCEND}, {pinned}")]
+    if runs(number):
+        return [Line("packages", "engine megatron", Verdict.OK, f"runs megatron-core {number}")]
+    text = f"does not know megatron-core {number}; `pip install megatron-core=={VERSIONS[0]}` (Python 3.10 and later)"
+    return [Line("packages", "engine megatron", Verdict.NOTE, text)]
 
 
 def _hidden(installed: dict[str, list[tuple[str, str]]], path: Sequence[str]) -> list[Line]:

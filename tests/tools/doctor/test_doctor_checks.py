@@ -231,6 +231,23 @@ def test_both_tritons(site):
     assert wrong(packages.lines([str(site)])) == ["triton"]
 
 
+@pytest.mark.parametrize(
+    ("version", "npu", "verdict", "words"),
+    [
+        ("0.16.1", False, Verdict.OK, "runs megatron-core 0.16.1"),
+        ("0.19.2", False, Verdict.NOTE, "megatron-core==0.16.1"),
+        ("0.12.1", True, Verdict.NOTE, "pins megatron-core 0.12.1, which is installed"),
+        ("0.16.1", True, Verdict.NOTE, "pins megatron-core 0.12.1, not 0.16.1"),
+    ],
+)
+def test_versions_of_megatron_core(site, version, npu, verdict, words):
+    install(site, "megatron-core", version)
+    if npu:
+        install(site, "torch-npu", "2.13.0")
+    line = of(packages.lines([str(site)]), "engine megatron")
+    assert line.verdict is verdict and words in line.text
+
+
 def test_the_wrong_apex(site):
     install(site, "apex", "0.9.10", "apex/__init__.py")
     lines = packages.lines([str(site)])
