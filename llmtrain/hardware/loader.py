@@ -36,6 +36,8 @@ class Rates(_Frozen):
 
     matrix: dict[str, Quantity] = {}
     """Share of the peak that large matrix products reach, by torch dtype name."""
+    clock: Quantity | None = None
+    """Clock under load over that of the product whose `matrix` shares these are, where power is limited more."""
     memory: Quantity | None = None
     """Share of the memory bandwidth that element-wise operations reach."""
     launch: Quantity | None = None

@@ -49,7 +49,7 @@ def test_a_file_outside_the_package_is_read(tmp_path):
     )
     assert load(str(path)).peak_flops("float32") == 1e11 and load(str(path)).key == "mine"
     path.write_text("vendor: me\n")
-    with pytest.raises(UserError, match="mine.yaml"):
+    with pytest.raises(UserError, match=r"mine\.yaml"):
         load(str(path))
     with pytest.raises(UserError, match="no such file"):
         load(str(tmp_path / "none.yaml"))
