@@ -49,7 +49,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class SourceErrors:
-    """Of all rows of one source."""
+    """Of all rows of one source, which is a family: all tables and figures of one publication."""
 
     source: str
     rows: tuple[Checked, ...]
@@ -112,9 +112,9 @@ def check(rows: Iterable[Published]) -> Report:
             rates = fitted(row.family)
             case = chosen(row, rates)
             one = Checked(row, case, row.seconds_of(case), price(case, rates).seconds)
-            (sources[row.source][0] if row.gated else shown).append(one)
+            (sources[row.family][0] if row.gated else shown).append(one)
         if row.gated and (error := memory_error(row)) is not None:
-            sources[row.source][1].append(error)
+            sources[row.family][1].append(error)
     found = tuple(SourceErrors(name, tuple(times), tuple(sizes)) for name, (times, sizes) in sources.items())
     return Report(found, tuple(left_out), tuple(shown))
 

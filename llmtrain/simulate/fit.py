@@ -16,7 +16,7 @@ LOOSE = {
     **dict.fromkeys(("launch_nvidia", "launch_ascend", "product_bytes"), 0.4),
     **dict.fromkeys(("latency", "straggle", "tail"), 0.5),
     **dict.fromkeys(("step", "eager", "host_link"), 0.3),
-    "contention": 0.6,
+    **dict.fromkeys(("contention_nvidia", "contention_ascend"), 0.6),
     "imbalance": 0.1,
 }
 """How uncertain the starting values are, as a standard deviation of the logarithm (of the odds for shares)."""

@@ -53,8 +53,10 @@ class Rates:
     """Share of the links' bandwidth within a node."""
     node_ascend: float = 0.80
     network: float = 0.80
-    contention: float = 0.08
-    """Further time across nodes per doubling of the nodes of a group."""
+    contention_nvidia: float = 0.08
+    """Further time across nodes (InfiniBand) per doubling of the nodes of a group."""
+    contention_ascend: float = 0.08
+    """The same for RoCE."""
     exchange: float = 0.60
     """Further share for all-to-alls."""
     latency: float = 20e-6
@@ -68,7 +70,7 @@ class Rates:
     """Share of the reduction of gradients (and gathering of parameters) that hides, as far as there is time beside which."""
     ep_hidden: float = 0.70
     straggle: float = 0.010
-    """Part of a step that is lost per doubling of the machines."""
+    """Part of a step over several nodes that is lost per doubling of the data-parallel ranks, which wait for the slowest at its end."""
     imbalance: float = 1.20
     """Tokens of the busiest rank of experts over the mean, where routing is not forced to be even."""
     host_link: float = 20e9
@@ -166,7 +168,7 @@ def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older:
         eager=1.0 if fused else rates.eager,
         node_byte=1 / (node * getattr(rates, f"node_{kind}")),
         network_byte=1 / (network * rates.network),
-        contention=rates.contention,
+        contention=getattr(rates, f"contention_{kind}"),
         exchange=1 / rates.exchange,
         latency=own.latency.value if own.latency else rates.latency,
     )

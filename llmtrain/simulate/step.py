@@ -1,5 +1,6 @@
 """The time of a step in closed form: what stages take, how a pipeline puts them together, and what comes before and after."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def finish(pricer: Pricer, stages: tuple[Times, ...], transfer: float, *, pipeli
     parts["bubble"] = max(0.0, pipeline - inside)
     parts["gradient reduction"], parts["optimizer"], parts["outside"] = exposed, update, rates.step
     before = sum(parts.values())
-    parts["stragglers"] = before * rates.straggle * max(0, (case.nodes - 1).bit_length())
+    parts["stragglers"] = before * rates.straggle * (math.log2(case.dp) if case.nodes > 1 else 0.0)
     return Step(before + parts["stragglers"], dict(parts), stages, transfer, max(0.0, 1 - busy / pipeline))
 
 

@@ -33,10 +33,8 @@ KINDS = [
 @pytest.mark.parametrize("model", MODELS)
 def test_closed_form_is_the_event_simulation(model, kind, virtual):
     for pp, micros in ((2, 4), (4, 9), (4, 16), (8, 16), (8, 33), (8, 64)):
-        case = Case(
-            model=MODELS[model], hardware=load("h100-80"), tp=4, pp=pp, virtual=virtual, micros=micros, schedule=kind, ep=8 if model == "experts" else 1,
-            dp=8, shard="zero1",
-        )  # fmt: skip
+        case = Case(model=MODELS[model], hardware=load("h100-80"), tp=4, pp=pp, virtual=virtual, micros=micros, schedule=kind, dp=8)
+        case = case.with_(ep=8 if model == "experts" else 1, shard="zero1")
         closed, events = price(case, Rates()).seconds, replay(case, Rates()).step.seconds
         assert closed == pytest.approx(events, rel=0.02), f"pp {pp}, {micros} micro-batches"
 

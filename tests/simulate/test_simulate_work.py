@@ -72,7 +72,7 @@ def test_recomputation_takes_as_long_as_it_computes(recompute, what):
 
 def test_a_ring_crosses_nodes_by_all_their_ports():
     """Eight ranks of a node share eight ports; one rank has one."""
-    made = machine(load("h100-80"), Rates(contention=1e-9), dtype="bfloat16", fused=True)
+    made = machine(load("h100-80"), Rates(contention_nvidia=1e-9), dtype="bfloat16", fused=True)
     alone, together = (seconds(made, Group(16, inside), "all_gather", 1e9) for inside in (1, 8))
     assert alone > 5 * together
     assert seconds(made, Group(1, 1), "all_gather", 1e9) == 0

@@ -64,7 +64,7 @@ def _line(source: SourceErrors) -> str:
 
 def row_lines(report: Report) -> list[str]:
     """A table of rows."""
-    head = ["", "| row | model | devices | mesh | measured | predicted | error |", "|---|---|---|---|---|---|---|"]
+    head = ["", "| row | part | model | devices | mesh | measured | predicted | error |", "|---|---|---|---|---|---|---|---|"]
     return [*head, *(_row(row) for source in report.sources for row in source.rows)]
 
 
@@ -73,7 +73,7 @@ def _row(row: Checked) -> str:
     axes = (("tp", case.tp), ("pp", case.pp), ("vpp", case.virtual), ("cp", case.cp), ("ep", case.ep), ("dp", case.dp))
     mesh = " ".join(f"{name}{size}" for name, size in axes if size > 1) or "one"
     values = row.published.row
-    cells = (row.published.id, values["model"], f"{case.devices:,}", f"{mesh}, {case.micros} x {case.micro_batch}")
+    cells = (row.published.id, values["source"], values["model"], f"{case.devices:,}", f"{mesh}, {case.micros} x {case.micro_batch}")
     return f"| {' | '.join(cells)} | {row.measured:.3g} s | {row.predicted:.3g} s | {row.error:+.0%} |"
 
 

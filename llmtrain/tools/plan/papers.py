@@ -106,8 +106,9 @@ def bigmac_speedup(top_k: int, *, tp: int = 1, layers: int = 24, hidden: int = 2
         values["attention"] = {**values["attention"], "heads": heads}
         narrow = {"hidden": hidden // 4} if "descend" not in values["ffn"] else {"hidden": hidden, "descend": hidden // 4}
         values["ffn"] = {**values["ffn"], "top_k": top_k, **narrow}
+        habits = Habits("megatron", dp_hidden=False, gathers_rows=True)
         case = Case(
-            model=ModelConfig.model_validate(values), hardware=bigmac_machine(), habits=Habits("megatron", dp_hidden=False, gathers_rows=True), seq_len=2048,
+            model=ModelConfig.model_validate(values), hardware=bigmac_machine(), habits=habits, seq_len=2048,
             micro_batch=2 * tp, micros=1, tp=tp, ep=32 // tp, etp=tp, dp=32 // tp, dtype="float16", imbalance=1.2,
         )  # fmt: skip
         seconds.append(price(case, fitted()).seconds)
