@@ -38,6 +38,10 @@ class Rates(_Frozen):
     """Share of the peak that large matrix products reach, by torch dtype name."""
     clock: Quantity | None = None
     """Clock under load over that of the product whose `matrix` shares these are, where power is limited more."""
+    attention: Quantity | None = None
+    """Share of the peak in the forward pass of attention."""
+    attention_backward: Quantity | None = None
+    """Rate of its backward pass over that of the forward pass."""
     memory: Quantity | None = None
     """Share of the memory bandwidth that element-wise operations reach."""
     launch: Quantity | None = None

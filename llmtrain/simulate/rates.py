@@ -133,44 +133,55 @@ class Machine:
 
 
 def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older: bool = False) -> Machine:
-    """The machine as `rates` have it. Raises UserError where no source gives its peak in `dtype`."""
-    kind, own = family(hardware), hardware.rates
-    wide = "bfloat16" if dtype == FP8 else dtype
+    """The machine as `rates` have it; what its own description measures goes first.
+
+    Raises UserError where no source gives its peak in `dtype`, its memory bandwidth or its links.
+    """
+    own, wide = hardware.rates, "bfloat16" if dtype == FP8 else dtype
     peak = hardware.peak_flops(wide)
     if peak is None or hardware.memory_bandwidth is None or "node" not in hardware.links:
         raise UserError(f"hardware {hardware.key}: no figure of {wide} products, memory bandwidth or links, so nothing can be predicted")
-    best = own.matrix[wide].value if wide in own.matrix else 1.0
-    peak *= own.clock.value if own.clock else 1.0
-    share = getattr(rates, f"matrix_{kind}")
-    if (wide in own.matrix and kind == "ascend") or own.launch is not None:
-        share = 1.0  # measured on this machine
-    elif wide not in own.matrix and kind == "nvidia":
-        best = 0.85
-    low_peak = (hardware.peak_flops(FP8) or peak) * (own.clock.value if own.clock else 1.0)
-    low_best = own.matrix[FP8].value if FP8 in own.matrix else best
-    memory = own.memory.value if own.memory else rates.memory
-    bandwidth, node = hardware.memory_bandwidth.value, hardware.links["node"].value
-    network = hardware.links.get("network", hardware.links["node"]).value
-    attention = 1 / (peak * getattr(rates, f"attention_{kind}") * (best if own.launch is not None else 1.0))
+    kind, measured = family(hardware), own.launch is not None
+    clock = own.clock.value if own.clock else 1.0
+    product = peak * clock * _best(hardware, wide) * (1.0 if measured else _of(rates, "matrix", kind))
+    low = (hardware.peak_flops(FP8) or peak) * clock * _best(hardware, FP8) * _of(rates, "matrix", kind) * rates.matrix_low
+    attention = peak * clock * (own.attention.value if own.attention else _of(rates, "attention", kind))
     if older and kind == "nvidia" and FP8 in hardware.peak:
-        attention /= rates.attention_older
-    byte = 1 / (bandwidth * memory)
+        attention *= rates.attention_older
+    back = own.attention_backward.value if own.attention_backward else _of(rates, "backward", kind)
+    byte = 1 / (hardware.memory_bandwidth.value * (own.memory.value if own.memory else rates.memory))
+    node = hardware.links["node"].value
+    network = hardware.links.get("network", hardware.links["node"]).value
     return Machine(
-        product=1 / (peak * best * share),
-        low=1 / (low_peak * low_best * share * rates.matrix_low),
-        grouped=1 / getattr(rates, f"grouped_{kind}"),
-        attention=attention,
-        attention_back=attention / getattr(rates, f"backward_{kind}"),
+        product=1 / product,
+        low=1 / low,
+        grouped=1 / _of(rates, "grouped", kind),
+        attention=1 / attention,
+        attention_back=1 / (attention * back),
         byte=byte,
         product_byte=byte * rates.product_bytes,
         tail=rates.tail,
-        launch=own.launch.value if own.launch else getattr(rates, f"launch_{kind}"),
+        launch=own.launch.value if own.launch else _of(rates, "launch", kind),
         eager=1.0 if fused else rates.eager,
-        node_byte=1 / (node * getattr(rates, f"node_{kind}")),
-        network_byte=1 / (network * rates.network),
-        contention=getattr(rates, f"contention_{kind}"),
+        node_byte=1 / (node * (1.0 if measured else _of(rates, "node", kind))),
+        network_byte=1 / (network * (1.0 if measured else rates.network)),
+        contention=_of(rates, "contention", kind),
         exchange=1 / rates.exchange,
         latency=own.latency.value if own.latency else rates.latency,
+    )
+
+
+def _of(rates: Rates, name: str, kind: str) -> float:
+    return getattr(rates, f"{name}_{kind}")
+
+
+def _best(hardware: Hardware, dtype: str) -> float:
+    """Share of the peak that the best product reaches: as measured, else that of the 16-bit formats, else as most NVIDIA cards do."""
+    known = hardware.rates.matrix
+    if dtype in known:
+        return known[dtype].value
+    return (
+        known["bfloat16"].value if "bfloat16" in known else 0.85 if family(hardware) == "nvidia" and hardware.rates.launch is None else 1.0
     )
 
 

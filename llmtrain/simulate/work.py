@@ -167,7 +167,7 @@ def _scores(work: Work, model: ModelConfig, case: Case, *, heads: float) -> None
     rows, e = case.rows, _size(case)
     width, keys = model.head_dim + model.value_head_dim, mean_keys(model, case.seq_len)
     if case.habits.flash:
-        flops = 2.0 * rows * (keys + SHORT) * heads * (width + SOFTMAX) * USUAL_WIDTH / (USUAL_WIDTH + SOFTMAX)
+        flops = attention_flops(rows=rows, keys=keys, heads=heads, width=width)
         moved = e * rows * heads * width * 2
         ring = RING_LAUNCHES * (case.cp - 1) if case.cp_kind == "ring" else 0
         work.forward.append(Item("attention", ATTENTION, flops, moved, 1 + ring))
@@ -182,6 +182,11 @@ def _scores(work: Work, model: ModelConfig, case: Case, *, heads: float) -> None
         Item("scores", PRODUCT, 2 * flops, 0, 4, backward=True),
         Item("softmax", PASS, bytes=backward * entries, launches=3, backward=True),
     ]
+
+
+def attention_flops(*, rows: float, keys: float, heads: float, width: float) -> float:
+    """Of the forward pass: products over the keys that are seen, with what short sequences and narrow heads cost besides."""
+    return 2.0 * rows * (keys + SHORT) * heads * (width + SOFTMAX) * USUAL_WIDTH / (USUAL_WIDTH + SOFTMAX)
 
 
 def _network(work: Work, model: ModelConfig, case: Case, *, width: float, tp: int, rows: float, name: str = "ffn") -> None:
