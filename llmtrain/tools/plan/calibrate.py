@@ -29,10 +29,8 @@ def main(argv: list[str]) -> int:
         return 0
     found = measured(options.ranks)
     Path(options.out).write_text(yaml.safe_dump(description(found, options.ranks), sort_keys=False))
-    print(
     rates = f"{found['float32'] / 1e9:,.0f} GFLOP/s in fp32, {found['bandwidth'] / 1e9:,.1f} GB/s"
     print(f"wrote {options.out}: {rates}, for each of {options.ranks}")
-    )
     return 0
 
 
