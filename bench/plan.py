@@ -9,6 +9,7 @@ Calibration measures products of 1,024 x 768 x 768, gates, attention and gloo; t
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,8 @@ class Run:
         """As YAML has it."""
         data = {"train": [str(folder / "text-train")]}
         return {
-            "name": self.name, "output": str(folder / "runs"), "device": "cpu", "model": self.model, "data": data, "precision": self.precision,
+            "name": self.name, "output": str(folder / "runs"), "device": "cpu", "model": self.model, "data": data,
+            "precision": self.precision,
             "tokenizer": {"path": str(folder / "tokenizer.model")}, "train": {**TRAIN, **self.train, "steps": steps},
             "parallel": self.parallel, "checkpoint": {"every": 0, "resume": "none"}, "metrics": {"every": 1},
         }  # fmt: skip
@@ -107,19 +109,18 @@ def llmtrain(*words: str) -> None:
 
 
 def corpus(folder: Path) -> None:
-    """A text of sums, its tokenizer of 4,096 pieces and its tokens."""
-    lines = (
-        f"In year {n} the king said {n * n} words to the queen {n % 97}, and {n % 7 * n} more to {chr(97 + n % 26)}." for n in range(60_000)
-    )
-    (folder / "text.txt").write_text("\n".join(lines))
+    """A text of made-up words, its tokenizer of 4,096 pieces and its tokens."""
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(8000)]
+    (folder / "text.txt").write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(12_000)))
     llmtrain("data", "tokenizer", "--input", f"{folder}/text.txt", "--vocab-size", "4096", "--out", f"{folder}/tokenizer.model")
-    words = ("--tokenizer", f"{folder}/tokenizer.model", "--out", f"{folder}/text", "--validation", "0.01")
-    llmtrain("data", "tokenize", "--input", f"{folder}/text.txt", *words)
+    rest = ("--tokenizer", f"{folder}/tokenizer.model", "--out", f"{folder}/text", "--validation", "0.05", "--split", "line")
+    llmtrain("data", "tokenize", "--input", f"{folder}/text.txt", *rest)
 
 
 def bare() -> float:
     """Bytes of a process that has imported what a run does, and holds nothing."""
-    code = "import psutil, llmtrain.stages.pretrain; print(psutil.Process().memory_info().rss)"
+    code = "import psutil, torch, torch.distributed, llmtrain.stages.session; print(psutil.Process().memory_info().rss)"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -178,18 +179,19 @@ def page(rows: list[Row], options: argparse.Namespace, empty: float) -> str:
     """The result."""
     pairs = [(a, b) for a, b in combinations(rows, 2)]
     right = sum((a.measured < b.measured) == (a.predicted < b.predicted) for a, b in pairs)
+    how = f"`{' '.join(['bench/plan.py', *sys.argv[1:]])}`, {os.cpu_count()} cores; {options.repeats} repeats of {options.steps} steps"
     lines = [
-        "# Predicted and measured on a CPU", "",
-        f"`{' '.join(['bench/plan.py', *sys.argv[1:]])}`, {os.cpu_count()} cores; {options.repeats} repeats of {options.steps} steps; a process that "
-        f"holds nothing takes {empty / 2**20:.0f} MiB, which is added to what is predicted.", "",
-        "| run | ranks | step | spread of repeats | predicted | error | memory | predicted | error |", "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "# Predicted and measured on a CPU",
+        "",
+        f"{how}; a process that holds nothing takes {empty / 2**20:.0f} MiB, which is predicted too.",
+    ]
+    lines += ["", "| run | ranks | step | spread of repeats | predicted | error | memory | predicted | error |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for one in rows:
         time, size = one.predicted / one.measured - 1, one.predicted_memory / one.memory - 1
         cells = f"{one.measured:.3f} s | {one.spread:.1%} | {one.predicted:.3f} s | {time:+.0%}"
-        lines.append(
-            f"| {one.run.name} | {one.run.ranks} | {cells} | {one.memory / 2**20:.0f} MiB | {one.predicted_memory / 2**20:.0f} MiB | {size:+.0%} |"
-        )
+        sizes = f"{one.memory / 2**20:.0f} MiB | {one.predicted_memory / 2**20:.0f} MiB | {size:+.0%}"
+        lines.append(f"| {one.run.name} | {one.run.ranks} | {cells} | {sizes} |")
     mean, held = (fmean(abs(value) for value in found) for found in _errors(rows))
     order = f"{right} of {len(pairs)} pairs in the right order" if pairs else "one run"
     return "\n".join([*lines, "", f"Mean error of the time {mean:.1%}, of memory {held:.1%}; {order}."]) + "\n"

@@ -160,6 +160,24 @@ class Case:
         return (*mesh, self.seq_len, self.micro_batch, self.recompute, self.dtype, self.imbalance, self.offload, self.habits)
 
     @property
+    def wide(self) -> str:
+        """The format that MFU refers to: that of the products, 16 bits where those are in 8."""
+        return "bfloat16" if self.dtype == FP8 else self.dtype
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of one device in that format. Raises UserError where no source gives it."""
+        found = self.hardware.peak_flops(self.wide)
+        if found is None:
+            raise UserError(f"hardware {self.hardware.key}: no figure of {self.wide} products, so nothing can be predicted")
+        return found
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
     def nodes(self) -> int:
         """Machines."""
         return max(1, -(-self.devices // self.hardware.devices_per_node))

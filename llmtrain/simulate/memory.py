@@ -151,7 +151,7 @@ def kept(case: Case, *, dense: bool) -> float:
 
 def per_token(case: Case, model: ModelConfig) -> float:
     """Bytes a token of one block."""
-    e = 4 if case.dtype == "float32" else 2
+    e = case.width
     stream = e * model.hidden / (case.tp if case.spread else 1)
     what = case.recompute
     if "full" in what:

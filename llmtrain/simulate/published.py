@@ -212,8 +212,7 @@ def measured_seconds(row: Mapping[str, str], case: Case) -> float | None:
 
 def model_flops_utilisation(case: Case, seconds: float, *, causal: bool = False) -> float:
     """Share of the peak, by one of the two conventions."""
-    peak = case.hardware.peak_flops("float16" if case.dtype == "float16" else "bfloat16")
-    return flops_per_token(case.model, case.seq_len, causal=causal) * case.tokens / (seconds * case.devices * peak)
+    return flops_per_token(case.model, case.seq_len, causal=causal) * case.tokens / (seconds * case.devices * case.peak)
 
 
 def memory_error(published: Published) -> float | None:

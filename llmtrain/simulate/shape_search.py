@@ -72,8 +72,7 @@ def shapes(
         step, counts = price(case, rates), count_parameters(fitted)
         flops = flops_per_token(fitted, case.seq_len)
         speed = case.tokens / step.seconds
-        peak_rate = hardware.peak_flops("float16" if case.dtype == "float16" else "bfloat16") * devices
-        found.append(Shape(fitted, counts["total"], counts["active"], flops, speed, peak(case), flops * speed / peak_rate))
+        found.append(Shape(fitted, counts["total"], counts["active"], flops, speed, peak(case), flops * speed / (case.peak * devices)))
     if not found:
         raise UserError(f"no shape of the ones asked for has {wanted:.3g} {by} and fits the run's mesh")
     return sorted(found, key=lambda shape: -shape.tokens)

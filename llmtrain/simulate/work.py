@@ -66,7 +66,7 @@ class Work:
         self, name: str, *, m: float, n: float, k: float, count: int = 1, case: Case, kind: str = PRODUCT, low: bool = True
     ) -> None:
         """[m,k] by [k,n], `count` times, with both products of its backward pass; weights' gradients are added up in place."""
-        e, low, padded = _size(case), low and case.dtype == FP8, _padded(m, n, k)
+        e, low, padded = case.width, low and case.dtype == FP8, _padded(m, n, k)
         flops, moved = 2.0 * padded * count, e * (m * k + k * n + m * n) * count
         self.forward.append(Item(name, kind, flops, moved, 1, low))
         self.inputs.append(Item(name, kind, flops, moved, 1, low, True))
@@ -86,10 +86,6 @@ class Work:
         """A collective of the forward pass, and its mirror image `back` in the backward pass, which may hide beside something else."""
         self.forward_sends.append(Send(name, kind, axis, size, hides))
         self.backward_sends.append(Send(name, back or kind, axis, size, after or hides))
-
-
-def _size(case: Case) -> int:
-    return 4 if case.dtype == "float32" else 2
 
 
 def _padded(m: float, n: float, k: float) -> float:
@@ -115,7 +111,7 @@ def block_work(case: Case, *, dense: bool) -> Work:
 
 def _between(work: Work, model: ModelConfig, case: Case) -> None:
     """Norms, residuals, dropout."""
-    e, rows = _size(case), case.rows / (case.tp if case.spread else 1)
+    e, rows = case.width, case.rows / (case.tp if case.spread else 1)
     norms = 2 if model.norm.placement == "pre" else 4
     mask = 1 if case.habits.dropout else 0
     size = rows * model.hidden
@@ -124,7 +120,7 @@ def _between(work: Work, model: ModelConfig, case: Case) -> None:
 
 
 def _attention(work: Work, model: ModelConfig, case: Case) -> None:
-    a, tp, rows, e, hidden = model.attention, case.tp, case.rows, _size(case), model.hidden
+    a, tp, rows, e, hidden = model.attention, case.tp, case.rows, case.width, model.hidden
     heads, d, dv = a.heads / tp, model.head_dim, model.value_head_dim
     kv = max(1.0, model.kv_heads / tp)
     if a.kind == "mla":
@@ -149,7 +145,7 @@ def _attention(work: Work, model: ModelConfig, case: Case) -> None:
 
 def _latent(work: Work, model: ModelConfig, case: Case, *, heads: float) -> None:
     """Projections of multi-head latent attention; the narrow ones on every rank of tp for its own tokens."""
-    a, rows, hidden, e = model.attention, case.rows, model.hidden, _size(case)
+    a, rows, hidden, e = model.attention, case.rows, model.hidden, case.width
     own = rows / (case.tp if case.spread else 1)
     if a.query_rank:
         work.product("q down", m=own, n=a.query_rank, k=hidden, case=case)
@@ -164,7 +160,7 @@ def _latent(work: Work, model: ModelConfig, case: Case, *, heads: float) -> None
 
 def _scores(work: Work, model: ModelConfig, case: Case, *, heads: float) -> None:
     """Scores, softmax and their product with the values."""
-    rows, e = case.rows, _size(case)
+    rows, e = case.rows, case.width
     width, keys = model.head_dim + model.value_head_dim, mean_keys(model, case.seq_len)
     if case.habits.flash:
         flops = attention_flops(rows=rows, keys=keys, heads=heads, width=width)
@@ -191,7 +187,7 @@ def attention_flops(*, rows: float, keys: float, heads: float, width: float) -> 
 
 def _network(work: Work, model: ModelConfig, case: Case, *, width: float, tp: int, rows: float, name: str = "ffn") -> None:
     """A dense feed-forward network of `width` that tp ranks share."""
-    gated, inside, e = model.ffn.activation == "swiglu", width / tp, _size(case)
+    gated, inside, e = model.ffn.activation == "swiglu", width / tp, case.width
     work.product(f"{name} in", m=rows, n=inside * (2 if gated else 1), k=model.hidden, case=case)
     forward, backward = (3, 5) if gated else (2, 3)
     work.passes("activation", forward=forward * e * rows * inside, backward=backward * e * rows * inside, case=case)
@@ -202,7 +198,7 @@ def _tp_sends(work: Work, name: str, case: Case) -> None:
     """The sums over tp of a branch: a reduce-scatter and an all-gather of what sequence parallelism splits, or an all-reduce."""
     if case.tp == 1:
         return
-    size = case.rows * case.model.hidden * _size(case)
+    size = case.rows * case.model.hidden * case.width
     if not case.spread:
         work.send(f"{name} sum", "all_reduce", "tp", size, "tp", after="behind")
         return
@@ -215,7 +211,7 @@ def _tp_sends(work: Work, name: str, case: Case) -> None:
 
 def _experts(work: Work, model: ModelConfig, case: Case) -> None:
     """Router, dispatch, experts, combine."""
-    ffn, e, own = model.ffn, _size(case), case.rows / (case.tp if case.spread or case.etp == 1 else 1)
+    ffn, e, own = model.ffn, case.width, case.rows / (case.tp if case.spread or case.etp == 1 else 1)
     gated, width = ffn.activation == "swiglu", ffn.descend or model.hidden
     work.forward.append(Item("router", PASS, bytes=own * (model.hidden * e * 2 + ffn.experts * 4 * 8), launches=14))
     work.inputs.append(Item("router", PASS, bytes=own * (model.hidden * e * 4 + ffn.experts * 4 * 10), launches=14, backward=True))
@@ -238,7 +234,7 @@ def _experts(work: Work, model: ModelConfig, case: Case) -> None:
 
 def _dispatch(work: Work, case: Case, *, own: float, width: float) -> None:
     """Tokens to their experts and back."""
-    ffn, e = case.model.ffn, _size(case)
+    ffn, e = case.model.ffn, case.width
     copies = ffn.top_k if case.habits.gathers_rows and case.ep > 1 else 1
     if case.etp > 1:
         gathered = own * width * e * copies
@@ -287,7 +283,7 @@ def _again(work: Work, case: Case) -> tuple[list[Item], list[Send]]:
 @lru_cache(maxsize=4096)
 def head_work(case: Case) -> Work:
     """Output head and loss."""
-    model, rows, e = case.model, case.rows, _size(case)
+    model, rows, e = case.model, case.rows, case.width
     words = model.vocab_size / case.tp
     work = Work()
     work.product("head", m=rows, n=words, k=model.hidden, case=case, low=False)
@@ -303,7 +299,7 @@ def head_work(case: Case) -> Work:
 @lru_cache(maxsize=4096)
 def embedding_work(case: Case) -> Work:
     """Token embedding."""
-    rows, e, hidden = case.rows, _size(case), case.model.hidden
+    rows, e, hidden = case.rows, case.width, case.model.hidden
     work = Work()
     work.passes("embedding", forward=2 * e * rows * hidden, backward=3 * e * rows * hidden, case=case, launches=3)
     if case.tp > 1:

@@ -43,10 +43,8 @@ def _seconds(value: float) -> str:
 
 def _utilisation(case: Case, step: Step) -> str:
     causal, whole = (model_flops_utilisation(case, step.seconds, causal=causal) for causal in (True, False))
-    dtype = "float16" if case.dtype == "float16" else "float32" if case.dtype == "float32" else "bfloat16"
-    peak = case.hardware.peak_flops(dtype) / 1e12
     both = f"MFU {causal:.1%} by the keys that a token sees (causal), {whole:.1%} by all keys (PaLM, Megatron-LM)"
-    return f"{both}; peak {peak:,.1f} TFLOP/s in {dtype}"
+    return f"{both}; peak {case.peak / 1e12:,.4g} TFLOP/s in {case.wide}"
 
 
 def _memory(case: Case) -> Iterator[str]:
