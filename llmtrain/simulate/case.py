@@ -9,7 +9,9 @@ from llmtrain.hardware import Hardware
 from llmtrain.layout.schedule import placement_of, resolve
 from llmtrain.layout.schedule_actions import stage_rank
 
-FP8 = "float8_e4m3fn"
+FP8, FP4 = "float8_e4m3fn", "float4_e2m1fn_x2"
+LOW = (FP8, FP4)
+"""Formats of products alone; everything else is in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class Case:
     @property
     def wide(self) -> str:
         """The format that MFU refers to: that of the products, 16 bits where those are in 8."""
-        return "bfloat16" if self.dtype == FP8 else self.dtype
+        return "bfloat16" if self.dtype in LOW else self.dtype
 
     @property
     def peak(self) -> float:

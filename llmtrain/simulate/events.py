@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from llmtrain.layout.schedule import Schedule, Span, build
 from llmtrain.simulate import actions
 from llmtrain.simulate.case import Case
+from llmtrain.simulate.pricer import Pricer
 from llmtrain.simulate.rates import Rates
-from llmtrain.simulate.step import Pricer, Step, finish
+from llmtrain.simulate.step import Step, finish
 
 
 @dataclass(frozen=True)

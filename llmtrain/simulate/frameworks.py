@@ -1,10 +1,11 @@
 """What is known of how each framework runs what a published row names: kernels, overlap, formats. Not fitted, and the same for all rows.
 
 From the frameworks' own code and documentation. torchtitan: FSDP2 over fp32 masters, activation checkpointing that keeps each second
-product, FlashAttention 2 through SDPA, memory reported as reserved. nanotron: bf16 gradients beside fp32 ones, reduced in hooks; gathered
-inputs of products are kept. Megatron-LM of 2022 (arXiv 2205.05198): attention with a score matrix and dropout. Megatron-Core in benchmarks:
-communication of tp overlapped (userbuffers), tokens sent once per node (DeepEP, HybridEP); its CI has neither. MindSpeed: MC2
-where a row says so, and for figures of tuned runs that name no mesh.
+product, FlashAttention 2 through SDPA, memory reported as reserved; from 2025 on its loss is compiled too, which keeps 16-bit logits
+alone. nanotron: bf16 gradients beside fp32 ones, reduced in hooks; gathered inputs of products are kept. Megatron-LM of 2022 (arXiv
+2205.05198): attention with a score matrix and dropout. Megatron-Core in benchmarks: communication of tp overlapped (userbuffers), tokens
+sent once per node (DeepEP, HybridEP); its CI has neither. MindSpeed: MC2 where a row says so, and for figures of tuned runs that name no
+mesh.
 """
 
 import re
@@ -19,7 +20,7 @@ def habits_of(row: Row) -> Habits:
     """Of the framework of a row; its notes say what was switched on."""
     name, notes = row["framework"].lower(), row["notes"].lower()
     if "torchtitan" in name:
-        return _torchtitan(notes)
+        return _torchtitan(row, notes)
     if "nanotron" in name:
         return Habits("nanotron", second_gradient=2, copies=True, keeps_gathered=True, even_layers=True, older_attention=True)
     if "mindspeed" in name:
@@ -37,8 +38,9 @@ def habits_of(row: Row) -> Habits:
     return Habits("other", tp_hidden=True, even_layers=True)
 
 
-def _torchtitan(notes: str) -> Habits:
+def _torchtitan(row: Row, notes: str) -> Habits:
     fused = ("compile" in notes and "no compile" not in notes) or "async tp" in notes
+    later = fused and "2025" in row["locator"] and "2024" not in row["locator"]
     return Habits(
         "torchtitan",
         fused=fused,
@@ -50,6 +52,7 @@ def _torchtitan(notes: str) -> Habits:
         older_attention=True,
         even_layers=True,
         weight_bytes=0,
+        logit_bytes=4 if later else 10,
     )
 
 

@@ -61,19 +61,19 @@ def stage_held(case: Case, stage: int) -> Held:
     return found.plus(Held(table), tables)
 
 
-_RANKS: dict[tuple, Held] = {}
+_RANKS: dict[tuple, tuple[ModelConfig, Held]] = {}
+"""The model is kept, so that its number in a key stays its own."""
 
 
 def rank_held(case: Case, rank: int) -> Held:
     """Of all stages of the pipeline's rank; kept, as many cases share it."""
     model = case.model
-    shape = (id(model), model.layers, model.hidden, model.vocab_size)
-    key = (*shape, case.tp, case.ep * case.etp, case.pp, case.virtual, case.kind, case.split, rank)
+    key = (id(model), case.tp, case.ep * case.etp, case.pp, case.virtual, case.kind, case.split, rank)
     if key not in _RANKS:
         if len(_RANKS) > 100_000:
             _RANKS.clear()
-        _RANKS[key] = _rank_held(case, rank)
-    return _RANKS[key]
+        _RANKS[key] = model, _rank_held(case, rank)
+    return _RANKS[key][1]
 
 
 def _rank_held(case: Case, rank: int) -> Held:

@@ -11,7 +11,7 @@ import yaml
 
 from llmtrain.errors import UserError
 from llmtrain.hardware import Hardware
-from llmtrain.simulate.case import FP8
+from llmtrain.simulate.case import FP8, LOW
 from llmtrain.simulate.work import ATTENTION, GROUPED, PASS, Item
 
 FITTED = Path(__file__).parent / "data" / "fitted.yaml"
@@ -137,14 +137,15 @@ def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older:
 
     Raises UserError where no source gives its peak in `dtype`, its memory bandwidth or its links.
     """
-    own, wide = hardware.rates, "bfloat16" if dtype == FP8 else dtype
+    own, wide = hardware.rates, "bfloat16" if dtype in LOW else dtype
     peak = hardware.peak_flops(wide)
     if peak is None or hardware.memory_bandwidth is None or "node" not in hardware.links:
         raise UserError(f"hardware {hardware.key}: no figure of {wide} products, memory bandwidth or links, so nothing can be predicted")
     kind, measured = family(hardware), own.launch is not None
     clock = own.clock.value if own.clock else 1.0
     product = peak * clock * _best(hardware, wide) * (1.0 if measured else _of(rates, "matrix", kind))
-    low = (hardware.peak_flops(FP8) or peak) * clock * _best(hardware, FP8) * _of(rates, "matrix", kind) * rates.matrix_low
+    narrow = dtype if dtype in hardware.peak and dtype in LOW else FP8
+    low = (hardware.peak_flops(narrow) or peak) * clock * _best(hardware, FP8) * _of(rates, "matrix", kind) * rates.matrix_low
     attention = peak * clock * (own.attention.value if own.attention else _of(rates, "attention", kind))
     if older and kind == "nvidia" and FP8 in hardware.peak:
         attention *= rates.attention_older

@@ -115,14 +115,14 @@ def candidates(cfg: RunConfig, hardware: Hardware, devices: int) -> Iterator[Cas
                 )  # fmt: skip
 
 
-_SPLITS: dict[tuple[int, int, int, int], tuple[int, ...]] = {}
+_SPLITS: dict[tuple[int, int, int, int], tuple[ModelConfig, tuple[int, ...]]] = {}
 
 
 def _layers(model: ModelConfig, stages: int, ranks: int, seq_len: int) -> tuple[int, ...]:
     key = (id(model), stages, ranks, seq_len)
     if key not in _SPLITS:
-        _SPLITS[key] = split_layers(model, stages, seq_len=seq_len, ranks=ranks)
-    return _SPLITS[key]
+        _SPLITS[key] = model, split_layers(model, stages, seq_len=seq_len, ranks=ranks)
+    return _SPLITS[key][1]
 
 
 def _widths(model: ModelConfig, hardware: Hardware) -> list[int]:

@@ -5,13 +5,14 @@ import pytest
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters, flops_per_token
 from llmtrain.hardware import load
+from llmtrain.simulate.blocks import block_work, head_work
 from llmtrain.simulate.case import Case, Habits
 from llmtrain.simulate.held import rank_held
 from llmtrain.simulate.links import Group, seconds
 from llmtrain.simulate.memory import memory
 from llmtrain.simulate.rates import Rates, machine
 from llmtrain.simulate.step import price
-from llmtrain.simulate.work import ATTENTION, block_work, head_work
+from llmtrain.simulate.work import ATTENTION
 
 LLAMA = ModelConfig(preset="llama3_8b")
 EXPERTS = ModelConfig(preset="mixtral_8x7b")

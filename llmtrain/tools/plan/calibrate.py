@@ -109,10 +109,10 @@ def _small() -> float:
 
 
 def _attention() -> tuple[float, float]:
-    """FLOP/s of causal attention, forward and backward, counted as `simulate/work.py` counts them."""
+    """FLOP/s of causal attention, forward and backward, counted as `simulate/blocks.py` counts them."""
     import torch
 
-    from llmtrain.simulate.work import attention_flops
+    from llmtrain.simulate.blocks import attention_flops
 
     q, k, v = (torch.randn(BATCH, HEADS, LENGTH, WIDTH, requires_grad=True) for _ in range(3))
 
