@@ -119,7 +119,7 @@ def in_flight(case: Case) -> tuple[float, ...]:
         return tuple(float(n * v) for _ in range(p))
     if kind == "interleaved" and n >= p:
         group_size = n // max(1, n // p) + (n % max(1, n // p) > 0)
-        return tuple(float(min(n * v, (v - 1) * group_size + 2 * (p - 1 - rank) + 1)) for rank in range(p))
+        return tuple(float(min(n * v, (v - 1) * group_size + 2 * (p - 1 - rank) + 1 + case.overlap_micro_batches)) for rank in range(p))
     schedule = build(kind, ranks=p, virtual_stages=v, micro_batches=min(n, 4 * p), pairs=case.overlap_micro_batches)
     return tuple(map(float, peak_activations(schedule)))
 

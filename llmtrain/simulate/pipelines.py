@@ -14,12 +14,13 @@ def _uneven(stages: tuple[Times, ...]) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _rounds(p: int, v: int, n: int, profile: tuple[tuple[float, float], ...], transfer: float) -> float:
+def _rounds(p: int, v: int, n: int, profile: tuple[tuple[float, float], ...], transfer: float, pairs: bool) -> float:
     """The time of an interleaved schedule by its lists for two and three rounds of micro-batches; each further one as much again."""
     stages = [Times(forward, backward) for forward, backward in profile]
     few = 2 * p + n % p
     short, longer = (
-        finished(build("interleaved", ranks=p, virtual_stages=v, micro_batches=count), stages, transfer) for count in (few, few + p)
+        finished(build("interleaved", ranks=p, virtual_stages=v, micro_batches=count, pairs=pairs), stages, transfer)
+        for count in (few, few + p)
     )
     return longer + (n - few - p) * (longer - short) / p
 
@@ -51,7 +52,7 @@ def pipeline_seconds(case: Case, stages: tuple[Times, ...], ranks: list[tuple[in
             return (n - 1) * worst + sum(loads) / v + worst * (1 - 1 / v) + sends
         unit = sum(loads) / case.stages
         profile = tuple((round(one.forward / unit, 2), round(one.backward / unit, 2)) for one in stages)
-        return unit * _rounds(p, v, n, profile, round(transfer / unit, 3))
+        return unit * _rounds(p, v, n, profile, round(transfer / unit, 3), case.overlap_micro_batches)
     few = n if n <= 4 * p else 3 * p + n % p
     unit = sum(loads) / case.stages
     profile = tuple((round(one.forward / unit, 2), round(one.inputs / unit, 2), round(one.weights / unit, 2)) for one in stages)

@@ -8,6 +8,7 @@ import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from llmtrain.config.parameters import flops_per_token
@@ -22,6 +23,10 @@ GATED = ("file", "image", "paper-text")
 
 CAUSAL = re.compile(r"bridge|modelzoo", re.IGNORECASE)
 """Sources that count the keys which a token sees; others count all (`plan` names both conventions)."""
+
+
+NEEDED = {"id", "source", "provenance", "model", "hardware", "framework", "tok_s_dev", "step_s"}
+"""Columns that a file must have; others may be left out."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,18 @@ def read(path: Path = DATA) -> list[Published]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    missing = {"id", "source", "provenance", "model", "hardware", "framework", "tok_s_dev", "step_s"} - set(rows[0] if rows else ())
+        reader = csv.DictReader(file)
+        missing = NEEDED - set(reader.fieldnames or ())
+        rows = [dict.fromkeys(_columns(), "") | row for row in reader]
     if missing:
         raise UserError(f"{path}: columns {', '.join(sorted(missing))} are missing; they are those of {DATA.name}")
     return [_published({name: (value or "").strip() for name, value in row.items() if name}) for row in rows]
+
+
+@cache
+def _columns() -> tuple[str, ...]:
+    with DATA.open(newline="", encoding="utf-8") as file:
+        return tuple(next(csv.reader(file)))
 
 
 def _published(row: Mapping[str, str]) -> Published:

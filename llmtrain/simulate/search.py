@@ -38,8 +38,13 @@ class Found:
         """Its axes and choices in words."""
         case = self.case
         axes = (("tp", case.tp), ("pp", case.pp), ("vpp", case.virtual), ("cp", case.cp), ("ep", case.ep), ("dp", case.dp))
+        more = [f"dispatch within {case.hierarchical}"] * (case.hierarchical > 1) + ["overlap"] * case.overlap_micro_batches
         again = "+".join(sorted(case.recompute)) or "none"
-        return " ".join(f"{name} {size}" for name, size in axes if size > 1) + f", micro-batch {case.micro_batch}, recompute {again}"
+        return (
+            " ".join(f"{name} {size}" for name, size in axes if size > 1)
+            + f", micro-batch {case.micro_batch}, recompute {again}"
+            + "".join(f", {one}" for one in more)
+        )
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,15 @@ def candidates(cfg: RunConfig, hardware: Hardware, devices: int) -> Iterator[Cas
             if batch % (ranks * micro) or (pp > 1 and micros < pp) or pp * virtual > model.layers:
                 continue
             layers = _layers(model, pp * virtual, pp, seq_len) if pp > 1 else None
-            for (ep, etp), again in product(_experts(model, ranks * cp, tp), _recomputations(model)):
+            experts = _experts(model, ranks * cp, tp, hardware.devices_per_node)
+            for (ep, etp, inner), again, pairs in product(experts, _recomputations(model), _overlaps(model, virtual)):
+                if pairs and ep == 1:
+                    continue
                 shared = ranks * cp > 1 or (ep * etp > 1 and ranks * cp * tp // (ep * etp) > 1)
                 yield base.with_(
                     habits=piped if pp > 1 else base.habits, micro_batch=micro, micros=micros, tp=tp, pp=pp, virtual=virtual, cp=cp,
-                    ep=ep, etp=etp, dp=ranks, layers=layers, recompute=again, shard="zero3" if shared else "none",
+                    ep=ep, etp=etp, dp=ranks, layers=layers, hierarchical=inner, overlap_micro_batches=pairs, recompute=again,
+                    shard="zero3" if shared else "none",
                 )  # fmt: skip
 
 
@@ -139,12 +148,20 @@ def _divisors(number: int) -> list[int]:
     return [one for one in range(1, min(number, 128) + 1) if number % one == 0]
 
 
-def _experts(model: ModelConfig, sharing: int, tp: int) -> list[tuple[int, int]]:
-    """(ep, etp): whole experts over all ranks of a stage, or each shared by tp."""
+def _experts(model: ModelConfig, sharing: int, tp: int, node: int) -> list[tuple[int, int, int]]:
+    """(ep, etp, ranks of ep in a node): whole experts over all ranks of a stage, or each shared by tp; over several nodes also with
+    dispatch once to each."""
     if model.ffn.kind != "moe":
-        return [(1, 1)]
-    whole = [(ep, 1) for ep in _powers(gcd(model.ffn.experts, sharing * tp))]
-    return whole + ([(ep, tp) for ep in _powers(gcd(model.ffn.experts, sharing))] if tp > 1 else [])
+        return [(1, 1, 1)]
+    found = [(ep, 1) for ep in _powers(gcd(model.ffn.experts, sharing * tp))]
+    found += [(ep, tp) for ep in _powers(gcd(model.ffn.experts, sharing))] if tp > 1 else []
+    several = [(ep, etp, node // etp) for ep, etp in found if 1 < node // etp < ep and ep % (node // etp) == 0]
+    return [(ep, etp, 1) for ep, etp in found] + several
+
+
+def _overlaps(model: ModelConfig, virtual: int) -> tuple[bool, ...]:
+    """Micro-batches overlap in the pairs of an interleaved schedule, where there is a dispatch to hide."""
+    return (False, True) if model.ffn.kind == "moe" and virtual > 1 else (False,)
 
 
 def _powers(number: int) -> list[int]:
@@ -160,5 +177,9 @@ def applied(cfg: RunConfig, case: Case) -> dict:
     """The changes that make `cfg` run as `case`, as a nested dict of options."""
     again = sorted(case.recompute) if case.recompute - {"full"} else "full" if case.recompute else "none"
     parallel = {"tp": case.tp, "pp": case.pp, "virtual_stages": case.virtual, "cp": case.cp, "ep": case.ep, "etp": case.etp}
+    nodes = (
+        {"ep_kind": "hierarchical", "ep_inner": case.hierarchical} if case.hierarchical > 1 else {"ep_kind": "all_to_all", "ep_inner": None}
+    )
+    parallel |= nodes | {"overlap_micro_batches": case.overlap_micro_batches}
     parallel |= {"dp_shard": case.dp, "dp_replicate": 1, "layers_per_stage": None, "schedule": "auto"}
     return {"parallel": parallel, "train": {"micro_batch": case.micro_batch, "recompute": again}}

@@ -82,4 +82,6 @@ def asked(options: argparse.Namespace, overrides: list[str]) -> tuple[RunConfig,
 
 def _devices(cfg: RunConfig) -> int:
     parallel = cfg.parallel
-    return parallel.pp * parallel.dp_replicate * max(1, parallel.dp_shard) * parallel.cp * parallel.tp
+    if parallel.dp_shard == -1:
+        raise UserError("parallel.dp_shard is -1, all ranks that are left over: say with --devices how many there are")
+    return parallel.pp * parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp
