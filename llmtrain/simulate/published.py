@@ -14,7 +14,7 @@ from pathlib import Path
 from llmtrain.config.parameters import flops_per_token
 from llmtrain.errors import UserError
 from llmtrain.simulate.case import Case
-from llmtrain.simulate.memory import memory
+from llmtrain.simulate.memory import memory, peak
 from llmtrain.simulate.rows import cases_of, number
 
 DATA = Path(__file__).parent / "data" / "published.csv"
@@ -97,6 +97,8 @@ def _columns() -> tuple[str, ...]:
 def _published(row: Mapping[str, str]) -> Published:
     try:
         cases = tuple(cases_of(row))
+        if len(cases) > 1:  # of what is left open, what has room
+            cases = tuple(case for case in cases if peak(case) <= case.hardware.memory.value) or cases
         return Published(row, cases, "" if cases else "no mesh fits what the row says")
     except (UserError, ValueError, KeyError, ZeroDivisionError) as error:
         return Published(row, (), " ".join(str(error).split())[:160])
