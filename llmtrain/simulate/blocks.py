@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from math import lcm
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import mean_keys
@@ -29,7 +30,7 @@ def block_work(case: Case, *, dense: bool) -> Work:
         experts(work, model, case)
     else:
         network(work, model, case, width=model.ffn.hidden, tp=case.tp, rows=case.rows)
-        _tp_sends(work, "ffn", case)
+        _tp_sends(work, "ffn", case, width=model.hidden)
     _between(work, model, case)
     work.again, work.again_sends = again(work, case)
     return work
@@ -62,11 +63,9 @@ def _attention(work: Work, model: ModelConfig, case: Case) -> None:
         work.passes("layout", forward=layout, backward=layout, case=case, launches=1)
     work.product("attention out", m=rows, n=hidden, k=heads * dv, case=case)
     _scores(work, model, case, heads=heads)
-    if case.cp > 1:
-        size = rows * kv * (d + dv) * e
-        work.send("keys and values", "all_gather", "cp", size, "cp", back="all_gather")
-        work.backward_sends.append(Send("keys and values", "reduce_scatter", "cp", size, "cp"))
-    _tp_sends(work, "attention", case)
+    _context_sends(work, model, case, heads=heads, kv=kv)
+    narrow = (a.query_rank or hidden) + a.kv_rank if a.kind == "mla" else hidden
+    _tp_sends(work, "attention", case, width=narrow)
 
 
 def _latent(work: Work, model: ModelConfig, case: Case, *, heads: float) -> None:
@@ -111,19 +110,40 @@ def attention_flops(*, rows: float, keys: float, heads: float, width: float) -> 
     return 2.0 * rows * (keys + SHORT) * heads * (width + SOFTMAX) * USUAL_WIDTH / (USUAL_WIDTH + SOFTMAX)
 
 
-def _tp_sends(work: Work, name: str, case: Case) -> None:
-    """The sums over tp of a branch: a reduce-scatter and an all-gather of what sequence parallelism splits, or an all-reduce."""
+def _context_sends(work: Work, model: ModelConfig, case: Case, *, heads: float, kv: float) -> None:
+    """Keys and values of the other ranks of cp, and their gradients' way back; or heads for sequence."""
+    if case.cp == 1:
+        return
+    rows, e, d, dv = case.rows, case.width, model.head_dim, model.value_head_dim
+    if case.cp_kind == "ulysses":
+        there = rows * (d * heads + (d + dv) * lcm(max(1, round(kv)), case.cp)) * e
+        work.send("heads", "all_to_all", "cp", there)
+        work.send("heads back", "all_to_all", "cp", rows * dv * heads * e)
+        return
+    size = rows * kv * (d + dv) * e
+    work.forward_sends.append(Send("keys and values", "all_gather", "cp", size, "cp"))
+    if case.cp_kind == "ring":  # they go round again, and sums of their gradients, in fp32, with them
+        work.backward_sends.append(Send("keys and values", "all_gather", "cp", size, "cp"))
+        size *= max(4, e) / e
+    work.backward_sends.append(Send("their gradients", "reduce_scatter", "cp", size, "cp"))
+
+
+def _tp_sends(work: Work, name: str, case: Case, *, width: float) -> None:
+    """The sums over tp of a branch: a reduce-scatter and an all-gather of what sequence parallelism splits, or an all-reduce.
+
+    width: of what is gathered: D, or of latent attention the narrow vectors.
+    """
     if case.tp == 1:
         return
-    size = case.rows * case.model.hidden * case.width
+    size, gathered = (case.rows * one * case.width for one in (case.model.hidden, width))
     if not case.spread:
         work.send(f"{name} sum", "all_reduce", "tp", size, "tp", after="behind")
         return
     # Gradients of the branch's input are summed beside the product for its weights' gradients.
-    work.send(f"{name} gather", "all_gather", "tp", size / case.tp, "tp", back="reduce_scatter", after="behind")
+    work.send(f"{name} gather", "all_gather", "tp", gathered / case.tp, "tp", back="reduce_scatter", after="behind")
     work.send(f"{name} scatter", "reduce_scatter", "tp", size / case.tp, "tp", back="all_gather")
     # The branch's input is gathered again for its weights' gradients, beside the product for its input.
-    work.backward_sends.append(Send(f"{name} again", "all_gather", "tp", size / case.tp, "behind"))
+    work.backward_sends.append(Send(f"{name} again", "all_gather", "tp", gathered / case.tp, "behind"))
 
 
 @lru_cache(maxsize=4096)
