@@ -1,4 +1,4 @@
-# make quickstart | make test | make test-npu | make test-kernels | make test-engines | make lint | make parity | make bench-train.
+# make quickstart | make test | make test-npu | make test-kernels | make test-engines | make test-plan | make lint | make parity | make bench-train.
 # TORCH and TORCH_INDEX choose the build of PyTorch:
 #   laptop:  TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   Volta:   TORCH_INDEX=https://download.pytorch.org/whl/cu126   (later CUDA builds dropped it)
@@ -12,7 +12,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test test-torch test-npu test-kernels test-engines parity lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test test-torch test-npu test-kernels test-engines test-plan parity lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -54,7 +54,7 @@ smollm2: install
 	$(BIN)/llmtrain convert runs/smollm2 $(SMOL)/trained --to hf --dtype bf16 --verify --force
 
 test: install-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8 -rs
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8 -rs --ignore tests/simulate
 
 # The same with another torch, in an environment of its own: make test-torch TORCH_VERSION=2.10.0 (docs/torch-versions.md)
 test-torch:
@@ -131,6 +131,10 @@ $(ENGINES_VENV)/.installed: setup.py pyproject.toml
 test-engines: $(ENGINES_VENV)/.installed
 	LLMTRAIN_MEGATRON_0_12_1=$(OLD_MEGATRON) OMP_NUM_THREADS=1 \
 		$(ENGINES_VENV)/bin/python -m pytest tests/engines -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+
+# The planner (docs/plan.md): closed form against events, the error table against the committed one, the papers' figures. Needs no torch.
+test-plan: install-test
+	$(BIN)/python -m pytest tests/simulate --durations 8 -rs $(ARGS)
 
 # Every mesh against one process, in float64 and float32 -> docs/parity.md. About 20 minutes on 2 cores.
 parity: install-test

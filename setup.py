@@ -19,7 +19,7 @@ setup(
     packages=packages + kernel_packages,
     package_dir={"llmtrain_kernels": "kernels"},
     package_data={
-        "llmtrain": ["hardware/*.yaml"],
+        "llmtrain": ["hardware/*.yaml", "simulate/data/*"],
         "llmtrain_kernels": [
             *("volta/*.cu", "volta/*.cuh", "volta/*.md", "volta/host_shim/*"),
             *("ascend_c/*.cpp", "ascend_c/*.h", "ascend_c/*.md", "ascend_c/host_shim/*"),

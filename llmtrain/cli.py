@@ -36,6 +36,7 @@ VERBS = {
     "data": Verb("llmtrain.tools.data", "train a tokenizer, tokenise text, look at tokens and conversations; MetaLadder's problems"),
     "config": Verb("llmtrain.tools.config", "show, compare and explain configurations; list the published models"),
     "kernels": Verb("llmtrain.tools.kernels", "which implementation each op uses on this machine, and why"),
+    "plan": Verb("llmtrain.tools.plan.verb", "time, memory and the best mesh of a run before it runs; errors against published rows"),
     "compare": Verb("llmtrain.tools.compare.verb", "one step on two devices, kernels or engines, layer by layer: where the numbers part"),
     "doctor": Verb("llmtrain.tools.doctor.command", "check this machine: versions that fit, drivers, packages, collectives, memory, links"),
     "selftest": Verb("llmtrain.tools.selftest.verb", "parity, kernel errors, speed and doctor of this machine in one file to send back"),

@@ -18,6 +18,7 @@ FLOORS = {
     "model": 2,
     "data": 1,
     "ops": 1,
+    "simulate": 1,
     "device": 1,
     "plugins": -1,
     "packages": -1,
@@ -28,7 +29,7 @@ FLOORS = {
     "errors": -1,
     "compat": -1,
 }
-NO_TORCH = ("config", "layout", "hardware", "cli", "errors", "plugins", "packages")
+NO_TORCH = ("config", "layout", "hardware", "simulate", "cli", "errors", "plugins", "packages")
 FILES = sorted((ROOT / "llmtrain").rglob("*.py"))
 
 

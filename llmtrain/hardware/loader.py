@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveFloat
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from llmtrain.errors import UserError
 
@@ -31,6 +31,25 @@ class Link(Quantity):
     name: str
 
 
+class Rates(_Frozen):
+    """How near to its figures the machine comes; what is not given is taken from the table of `llmtrain/simulate/fitted.yaml`."""
+
+    matrix: dict[str, Quantity] = {}
+    """Share of the peak that large matrix products reach, by torch dtype name."""
+    clock: Quantity | None = None
+    """Clock under load over that of the product whose `matrix` shares these are, where power is limited more."""
+    attention: Quantity | None = None
+    """Share of the peak in the forward pass of attention."""
+    attention_backward: Quantity | None = None
+    """Rate of its backward pass over that of the forward pass."""
+    memory: Quantity | None = None
+    """Share of the memory bandwidth that element-wise operations reach."""
+    launch: Quantity | None = None
+    """Seconds of the host's time for an operation."""
+    latency: Quantity | None = None
+    """Seconds that a collective takes whatever its size, per step of its ring."""
+
+
 class Hardware(_Frozen):
     """One accelerator as torch counts devices (one die of a 910C). Peaks are of dense matrix products, without sparsity."""
 
@@ -46,6 +65,10 @@ class Hardware(_Frozen):
     """Bytes/s."""
     links: dict[str, Link] = {}
     """`node`: to the other devices of the node; `network`: out of it."""
+    devices_per_node: PositiveInt = 8
+    """Devices that the link `node` joins."""
+    rates: Rates = Rates()
+    """Measured shares of the figures above."""
     notes: str = ""
 
     def peak_flops(self, dtype: str) -> float | None:
@@ -59,7 +82,9 @@ def keys() -> list[str]:
 
 
 def load(key: str) -> Hardware:
-    """The accelerator `key`. Raises UserError with the keys there are."""
+    """The accelerator `key`, or the one that the file `key` (`*.yaml`) describes. Raises UserError with the keys there are."""
+    if key.endswith((".yaml", ".yml")):
+        return _of_file(Path(key))
     if key not in _all():
         close = difflib.get_close_matches(key.lower(), keys(), n=1)
         hint = f", did you mean {close[0]}?" if close else ""
@@ -71,6 +96,16 @@ def match(device_name: str) -> Hardware | None:
     """The accelerator whose driver reports `device_name`, or None."""
     found = [hardware for hardware in _all().values() if any(re.search(pattern, device_name) for pattern in hardware.names)]
     return found[0] if len(found) == 1 else None
+
+
+def _of_file(path: Path) -> Hardware:
+    """A description outside the package, as `llmtrain plan calibrate` writes it."""
+    if not path.is_file():
+        raise UserError(f"hardware {path}: no such file")
+    try:
+        return Hardware(key=path.stem, **yaml.safe_load(path.read_text()))
+    except (ValidationError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"hardware {path}: {error}") from None
 
 
 @cache
@@ -86,8 +121,8 @@ def _all() -> dict[str, Hardware]:
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`: the entries of `peak` and `links` one by one, everything else whole."""
+    """`changes` over `base`: the entries of `peak`, `links` and `rates` one by one, everything else whole."""
     merged = {**base, **changes}
-    for part in ("peak", "links"):
+    for part in ("peak", "links", "rates"):
         merged[part] = {**base.get(part, {}), **changes.get(part, {})}
     return merged

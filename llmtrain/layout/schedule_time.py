@@ -1,4 +1,4 @@
-"""When each action of a schedule runs, by event simulation without communication: bubble, memory, picture."""
+"""When each action of a schedule runs, by event simulation: bubble, memory, picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Times:
     """How long actions take, in any one unit.
 
     `weights` is the part of a backward that W takes (I the rest), half if None; `overlapped` what a pair takes, the sum of both if
-    None; `stages` multiplies the times of each stage, 1 if None.
+    None; `stages` multiplies the times of each stage, 1 if None; `transfer` is what a value takes from rank to rank.
     """
 
     forward: float = 1.0
@@ -21,6 +21,7 @@ class Times:
     weights: float | None = None
     overlapped: float | None = None
     stages: Sequence[float] | None = None
+    transfer: float = 0.0
 
     def of(self, action: Action) -> float:
         """Time of one action."""
@@ -73,8 +74,16 @@ def _advance(action: Action, spans: list[Span], ready: dict[Value, float], sched
         return False
     start = max([spans[-1].end if spans else 0.0, *(ready[value] for value in needed)])
     spans.append(Span(action, start, start + times.of(action)))
-    ready.update((value, spans[-1].end) for part in action.flat() if (value := product(part)))
+    ready.update((value, spans[-1].end + _way(value, schedule, times)) for part in action.flat() if (value := product(part)))
     return True
+
+
+def _way(value: Value, schedule: Schedule, times: Times) -> float:
+    """How long `value` takes to the stage that needs it."""
+    user = value.stage + (1 if value.kind == "F" else -1)
+    if not times.transfer or not 0 <= user < schedule.stages:
+        return 0.0
+    return times.transfer if schedule.stage_rank(user) != schedule.stage_rank(value.stage) else 0.0
 
 
 def bubble(

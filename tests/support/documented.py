@@ -83,6 +83,24 @@ def _launch(words: list[str]) -> None:
     _run(["-c", options.config, *overrides])
 
 
+def _plan(words: list[str]) -> None:
+    """A part of the planner has a parser of its own; what is left over are options of a run."""
+    import importlib
+
+    from llmtrain.hardware import load
+    from llmtrain.tools.plan import verb
+
+    part = words[0] if words[0] in verb.PARTS else None
+    if part in ("papers", "calibrate", "errors"):
+        if part != "papers":
+            importlib.import_module(verb.PARTS[part]).parser().parse_args(words[1:])
+        return
+    parser = importlib.import_module(verb.PARTS[part]).parser() if part else verb.parser()
+    options, overrides = parser.parse_known_args(words[1:] if part else words)
+    load(options.hardware)
+    _run(["-c", options.config, *overrides])
+
+
 def _plain(module: str, name: str) -> Callable[[list[str]], None]:
     """A verb without options of a run: `name` of its module is a parser, or what parses."""
 
@@ -110,5 +128,6 @@ PARSERS: dict[str, Callable[[list[str]], None]] = {
     "kernels": _plain("llmtrain.tools.kernels", "_parser"),
     "doctor": _plain("llmtrain.tools.doctor.command", "_parser"),
     "selftest": _plain("llmtrain.tools.selftest.verb", "parser"),
+    "plan": _plan,
     "report": _plain("llmtrain.tools.report", "parser"),
 }

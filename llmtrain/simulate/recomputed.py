@@ -1,0 +1,29 @@
+"""What the backward pass computes and sends again."""
+
+from llmtrain.simulate.case import Case
+from llmtrain.simulate.work import GROUPED, PASS, PRODUCT, Item, Send, Work
+
+_NAMES = {
+    "activation": ("activation",),
+    "norms": ("norms",),
+    "attention": ("attention", "scores", "softmax"),
+    "mla_up": ("q up", "kv up", "rope"),
+    "permute": ("permute",),
+    "moe": ("router", "permute", "experts in", "experts out", "activation", "descend", "ascend", "shared in", "shared out"),
+}
+
+
+def again(work: Work, case: Case) -> tuple[list[Item], list[Send]]:
+    """What is computed and sent again in the backward pass."""
+    what = case.recompute
+    if "full" in what:
+        return list(work.forward), list(work.forward_sends)
+    if "half_products" in what:
+        kept = [item for item in work.forward if item.kind == PASS]
+        halves = [item._replace(flops=item.flops / 2, bytes=item.bytes / 2) for item in work.forward if item.kind in (PRODUCT, GROUPED)]
+        return kept + halves, [send for send in work.forward_sends if send.kind != "reduce_scatter"]
+    if "selective" in what:
+        return [item for item in work.forward if item.kind == PASS], list(work.forward_sends)
+    names = {name for option in what for name in _NAMES.get(option, ())}
+    sent = ("dispatch",) if "permute" in what else ("dispatch", "combine") if "moe" in what else ()
+    return [item for item in work.forward if item.name in names], [send for send in work.forward_sends if send.name in sent]

@@ -1,0 +1,1 @@
+"""`llmtrain plan`: time, memory and the best mesh of a run, before it runs."""
