@@ -131,7 +131,7 @@ def refit(rows: Sequence[Published], path: Path = FITTED) -> None:
     without = {}
     for name in families(usable):
         print(f"  without {name}", flush=True)
-        without[name] = _numbers(fit([row for row in usable if row.family != name], start=everything))
+        without[name] = _numbers(fit([row for row in usable if row.family != name]))
     values = {"data": digest(), "all": _numbers(everything), "without": without}
     path.write_text(
         "# Written by `llmtrain plan errors --refit` from published.csv; not by hand.\n" + yaml.safe_dump(values, sort_keys=False)

@@ -40,8 +40,8 @@ def chosen(row: Published, rates: Rates) -> Case:
     return row.cases[0] if len(row.cases) == 1 else min(row.cases, key=lambda case: price(case, rates).seconds / case.tokens)
 
 
-def fit(rows: Sequence[Published], *, start: Rates | None = None, rounds: int = 8) -> Rates:
-    """The rates that `rows` ask for, from their starting values on."""
+def fit(rows: Sequence[Published], *, start: Rates | None = None, rounds: int = 20) -> Rates:
+    """The rates that `rows` ask for; from their starting values on if `start` is not given, so that no other row has a say."""
     prior = encode(Rates())
     loose = np.array([0.6 if name in SHARES else LOOSE.get(name, USUAL) for name in NAMES])
 
@@ -55,7 +55,7 @@ def fit(rows: Sequence[Published], *, start: Rates | None = None, rounds: int = 
     for _ in range(rounds):
         cases = [chosen(row, decode(vector)) for row in rows]
         vector, gained = _improve(lambda at, cases=cases: residuals(at, cases), vector, len(rows))
-        if gained < 0.02:
+        if gained < 0.002:
             break
     return decode(vector)
 

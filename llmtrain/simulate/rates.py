@@ -23,8 +23,8 @@ class Rates:
 
     matrix_nvidia: float = 0.90
     """Share of the best product's rate (`Hardware.rates.matrix`) that a model's products reach."""
-    matrix_ascend: float = 0.75
-    """The same for Ascend, of the peak."""
+    matrix_ascend: float = 0.69
+    """The same for Ascend, of the 354 TFLOP/s that MindSpeed divides by: 0.78 of the 313 that circulate for the 910B3 of most machines."""
     matrix_low: float = 0.80
     """Further share in fp8."""
     grouped_nvidia: float = 0.75

@@ -77,17 +77,17 @@ def test_the_best_mesh_is_the_fastest_of_all():
 def test_ten_thousand_meshes_in_ten_seconds():
     """Of processor time, as tests share the machine."""
     code = (
-        "import time; from llmtrain.config.run import RunConfig; from llmtrain.hardware import load\n"
+        "import time; from itertools import islice; from llmtrain.config.run import RunConfig; from llmtrain.hardware import load\n"
         "from llmtrain.simulate.search import candidates, peak, price, RESERVE; from llmtrain.simulate.rates import fitted\n"
         f"cfg, hw, rates, known, n = RunConfig.load({MIXTURE[1]!r}), load('ascend-910b'), fitted(), {{}}, 0\n"
         "started = time.process_time()\n"
-        "for case in candidates(cfg, hw, 6144):\n"
+        "for case in islice(candidates(cfg, hw, 6144), 10_000):\n"
         "    n += 1\n"
         "    if peak(case) <= RESERVE * hw.memory.value: price(case, rates, known)\n"
         "print(n / (time.process_time() - started))\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert float(found.stdout) > 1000
+    assert float(found.stdout) > 1000  # a second
 
 
 def test_shapes_keep_their_size(capsys):
