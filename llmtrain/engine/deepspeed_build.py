@@ -1,9 +1,10 @@
 """Before DeepSpeed starts: its import for the right device, and what it compiles on a CPU (`deepspeed_shm_comm`), with a word about it.
 
-torch builds such extensions once, in TORCH_EXTENSIONS_DIR (else ~/.cache/torch_extensions), behind a file `lock` that whoever builds holds
-open. A build that is killed leaves the file there, and everybody after it would wait for ever without a word.
+torch builds such extensions once, in TORCH_EXTENSIONS_DIR (else a folder of this environment in ~/.cache/torch_extensions), behind a file
+`lock` that whoever builds holds open. A build that is killed leaves the file there, and everybody after it would wait for ever, silently.
 """
 
+import hashlib
 import logging
 import os
 import shutil
@@ -42,6 +43,7 @@ def prepare(mesh: Mesh, device: Device, *, say: Callable[[str], Any] = print) ->
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder(Path(deepspeed.__file__))))
     folder = extension_folder(builder.NAME)
     if found := next(filter(None, mesh.gather(obstacle(builder.NAME, folder))), None):
         raise UserError(f"engine deepspeed: {found}")
@@ -51,6 +53,13 @@ def prepare(mesh: Mesh, device: Device, *, say: Callable[[str], Any] = print) ->
             builder.load()  # the first rank builds, the others wait for the lock
         except (RuntimeError, ImportError) as error:
             raise UserError(f"engine deepspeed: {builder.NAME} could not be built in {folder}: {_last_line(error)}") from error
+
+
+def own_folder(package: Path) -> Path:
+    """Where extensions of the DeepSpeed at this path are built: two environments that share a folder would build anew at every change."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(get_default_build_root()) / f"deepspeed-{hashlib.sha256(str(package.resolve()).encode()).hexdigest()[:8]}"
 
 
 def built(name: str, folder: Path) -> bool:

@@ -14,7 +14,7 @@ from llmtrain.config.errors import ConfigError
 from llmtrain.config.run import RunConfig
 from llmtrain.engine import deepspeed_build
 from llmtrain.engine.base import check_engine
-from llmtrain.engine.deepspeed_build import _announced, built, left_behind, obstacle
+from llmtrain.engine.deepspeed_build import _announced, built, left_behind, obstacle, own_folder
 from llmtrain.engine.deepspeed_config import _package, deepspeed_config
 from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
@@ -91,6 +91,11 @@ def test_a_missing_compiler_is_named_with_what_to_install(tmp_path, monkeypatch)
     assert "no C++ compiler clang++ -O2" in obstacle("shm", tmp_path)
     (tmp_path / "shm.so").touch()
     assert built("shm", tmp_path) and obstacle("shm", tmp_path) is None, "what is built needs no compiler"
+
+
+def test_environments_do_not_share_a_folder(tmp_path):
+    a, b = (own_folder(tmp_path / venv / "deepspeed/__init__.py") for venv in "ab")
+    assert a != b and a.parent == b.parent and a == own_folder(tmp_path / "a" / "deepspeed/__init__.py")
 
 
 def test_missing_ninja_and_headers_are_named(tmp_path, monkeypatch):

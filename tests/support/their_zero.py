@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from hf_models import make
 
+from llmtrain.engine.deepspeed_build import own_folder
+
 LR, BETAS, DECAY, CLIP, ROWS, LENGTH = 3e-3, (0.9, 0.95), 0.1, 1.0, 4, 16
 
 
@@ -16,10 +18,11 @@ def tokens(step: int) -> torch.Tensor:
 
 def train(family: str, changes: dict, stage: int, folder: str, steps: int, more: int) -> list[float]:
     """Train for `steps` steps under ZeRO, save, go on for `more`: the losses of these."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     import torch.distributed as dist
 
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(own_folder(Path(deepspeed.__file__)))
     torch.set_num_threads(1)
     model = make(family, changes)
     adamw = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY)
