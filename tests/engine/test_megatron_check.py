@@ -27,7 +27,11 @@ def config(changes: dict) -> RunConfig:
         ({"model": {"mtp": {"heads": 1}, "tie_embeddings": True}, "parallel": {"pp": 2}}, r"model\.mtp\.heads 1 with model\.tie_emb"),
         ({"model": {"norm": {"c_ffn": "auto"}}}, r"c_attention or c_ffn auto"),
         ({"model": {"attention": {"out_bias": True}}}, r"model\.attention\.qkv_bias, out_bias and model\.ffn\.bias"),
-        ({"model": {"ffn": MOE | {"balance": {"weight": 0.1}}}}, r"model\.ffn\.balance"),
+        ({"model": {"ffn": MOE | {"balance": {"weight": 0.1}}}}, r"model\.ffn\.balance\.sequences step: 1, or train\.micro_batch 2"),
+        (
+            {"model": {"ffn": MOE | {"balance": {"sequences": 1}, "router": {"score": "sigmoid", "bias_rate": 0.1}}}},
+            r"balance with router\.b",
+        ),
         ({"model": {"ffn": MOE | {"capacity": {}}}}, r"model\.ffn\.capacity"),
         ({"model": {"ffn": MOE | {"router": {"bias_rate": 0.1}}}}, r"router\.bias_rate with score softmax"),
         ({"parallel": {"pp": 2, "schedule": "zero_bubble"}}, r"parallel\.schedule zero_bubble"),
