@@ -66,6 +66,7 @@ class MegatronEngine:
         self._state = State(self.layout, self.optimizer)
         self.steps_taken = 0
         self._norm: float | None = None
+        self._moved: list[torch.Tensor] = []
 
     def initialise(self) -> None:
         """Draw the weights, the same as under any other engine and mesh."""
@@ -82,10 +83,21 @@ class MegatronEngine:
     def forward_backward(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Gradients of the mean over all target tokens of the step; see Engine."""
         total = self._count_targets(micro_batches)
-        prepared = self._prepared(micro_batches, heads=self.cfg.model.mtp.heads)
+        prepared, before = self._prepared(micro_batches, heads=self.cfg.model.mtp.heads), self._biases()
         losses = self.stages.train(prepared, objective=self.objective, scale=1.0 / total)
+        self._moved = self._biases()  # megatron-core moves them with the gradients; here that waits for `apply`
+        self._set_biases(before)
         self._norm = self.optimizer.grad_norm()
         return self._result(micro_batches, [loss.item() for loss in losses], total)
+
+    def _biases(self) -> list[torch.Tensor]:
+        """Copies of the routers' biases of this rank."""
+        return [held.parameter.clone() for held in self.layout.held.values() if not held.parameter.requires_grad]
+
+    def _set_biases(self, values: list[torch.Tensor]) -> None:
+        buffers = (held.parameter for held in self.layout.held.values() if not held.parameter.requires_grad)
+        for buffer, value in zip(buffers, values):
+            buffer.copy_(value)
 
     def _prepared(self, batches: Sequence[Batch], *, heads: int = 0) -> list[MicroBatch]:
         return [prepare(batch, device=self.device, cp=self.cp, multiple=self.mesh.shape.tp, heads=heads) for batch in batches]
@@ -122,6 +134,7 @@ class MegatronEngine:
         if limit is not None and norm > limit:
             self.optimizer.clip(limit / norm)
         self.optimizer.step(lr=lr)
+        self._set_biases(self._moved)
         self.steps_taken += 1
         self.discard()
 

@@ -70,9 +70,12 @@ def _experts(cfg: RunConfig) -> Iterator[str]:
     if ffn.capacity is not None:
         yield "model.ffn.capacity: drop by engine native"
     if ffn.balance is not None:
-        yield "model.ffn.balance: losses of micro-batches there, of groups of sequences here; train with router.bias_rate, or none"
-    if router.z_loss:
-        yield "model.ffn.router.z_loss: a mean over micro-batches there"
+        if ffn.balance.sequences not in (1, cfg.train.micro_batch):
+            yield f"model.ffn.balance.sequences {ffn.balance.sequences}: 1, or train.micro_batch {cfg.train.micro_batch}"
+        if router.bias_rate is not None or router.top_groups < router.groups:
+            yield "model.ffn.balance with router.bias_rate or top_groups: its loss counts choices without them"
+    if cfg.guards.experts.action == "stop":
+        yield "guards.experts.action stop: it does not report how experts are used"
     if router.force_balance:
         yield "model.ffn.router.force_balance"
     if router.top_groups < router.groups and ffn.top_k != 2 * router.top_groups:

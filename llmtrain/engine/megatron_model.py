@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch.nn import functional as F
 
+from llmtrain.config.ffn import MoEConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
 from llmtrain.engine.megatron_modules import CoreAttention, LatentAttention, LatentExperts, Layer, Norm, Router, added
@@ -116,7 +117,8 @@ def _experts(model: ModelConfig) -> dict:
         "moe_layer_freq": [0] * ffn.dense_layers + [1] * (model.layers - ffn.dense_layers),
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": _balancing(ffn),
+        "moe_aux_loss_coeff": 0.0,  # the stages set it, and that of the other loss, before each step
         "moe_router_score_function": router.score,
         "moe_router_pre_softmax": router.score == "softmax" and not router.renormalise,
         "moe_router_topk_scaling_factor": router.scale if router.scale != 1.0 else None,
@@ -124,6 +126,11 @@ def _experts(model: ModelConfig) -> dict:
         "moe_router_bias_update_rate": router.bias_rate or 0.0,
         "moe_shared_expert_intermediate_size": ffn.shared_hidden or None,
     } | (groups if router.top_groups < router.groups else {})
+
+
+def _balancing(ffn: MoEConfig) -> str:
+    """megatron-core's loss over each row, or over each micro-batch."""
+    return "none" if ffn.balance is None else "seq_aux_loss" if ffn.balance.sequences == 1 else "aux_loss"
 
 
 def layer_spec(model: ModelConfig, config: TransformerConfig, shared: Shared) -> ModuleSpec:

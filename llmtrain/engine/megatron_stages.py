@@ -75,6 +75,7 @@ class MegatronStages:
                 f"engine megatron: {len(micros)} micro-batches of a step are fewer than parallel.pp {self.mesh.shape.pp}, which "
                 "parallel.virtual_stages needs; raise train.global_batch or lower train.micro_batch"
             )
+        self._weigh(micros)
         for model in self.wrapped:
             model.train()
             model.zero_grad_buffer()
@@ -84,6 +85,20 @@ class MegatronStages:
             return value * scale, torch.zeros([], dtype=torch.int, device=value.device), value.detach()
 
         return self._run(micros, loss, forward_only=False)
+
+    def _weigh(self, micros: Sequence[MicroBatch]) -> None:
+        """Weights of the losses of routers: megatron-core multiplies each by the tokens that this rank has of a micro-batch, and gradients
+        are sums here, where ours are means over the groups, or the tokens, of the step."""
+        ffn, shape = self.cfg.model.ffn, self.mesh.shape
+        if ffn.kind != "moe":
+            return
+        rows, length = micros[0].tokens.shape
+        sequences = len(micros) * rows * shape.dp
+        if ffn.balance is not None:
+            tokens = length // shape.tp  # of a row; in the loss over each row megatron-core takes these for all of the micro-batch
+            self.config.moe_aux_loss_coeff = ffn.balance.weight * (rows if ffn.balance.sequences == 1 else 1) / (sequences * tokens)
+        if ffn.router.z_loss:  # which it also divides by the ranks that share a sequence
+            self.config.moe_z_loss_coeff = ffn.router.z_loss * shape.tp * shape.cp / (sequences * length * shape.cp)
 
     @torch.no_grad()
     def infer(self, micros: Sequence[MicroBatch], *, output: str) -> list[Tensor]:

@@ -2,10 +2,13 @@
 
 from parity_rows import ACCUMULATE, FULL, MODELS, RING, ULYSSES, Row, schedule
 
+BALANCED = {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16}
 MODELS |= {
     "MLA": {"attention": MODELS["latent MoE"]["attention"]},
     "MLA, no query rank": {"attention": MODELS["latent MoE"]["attention"] | {"query_rank": None}},
     "MTP, latent MoE": MODELS["latent MoE"] | {"mtp": {"heads": 1}},
+    "balanced rows": {"ffn": BALANCED | {"balance": {"weight": 0.1, "sequences": 1}, "router": {"z_loss": 0.01}}},
+    "balanced micro-batches": {"ffn": BALANCED | {"balance": {"weight": 0.1, "sequences": 2}}},
     "pre-norm": {"norm": {"placement": "pre"}},
     "grouped MoE": {
         "ffn": {
@@ -49,6 +52,11 @@ ROWS = [
     Row({"dp_replicate": 2, "ep": 1}, "grouped MoE"),
     Row({"tp": 2, "ep": 2}, "MoE"),
     Row({"tp": 2, "etp": 2}, "MoE"),
+    Row({}, "balanced rows"),
+    Row({"tp": 2, "ep": 2}, "balanced rows"),
+    Row({"dp_shard": 2, "ep": 2}, "balanced rows", FULL),
+    Row({"cp": 2}, "balanced rows"),
+    Row({"dp_shard": 2}, "balanced micro-batches"),
     Row({"dp_shard": 2, "ep": 2}, "BigMac, shared"),
     Row({"tp": 2}, "BigMac, shared"),
     Row({"dp_shard": 2, "tp": 2}, "MLA"),
