@@ -1,7 +1,7 @@
 """Which groups of sequences experts are balanced over."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config.ffn import BalanceConfig
@@ -9,6 +9,7 @@ from llmtrain.errors import UserError
 from llmtrain.layout.balance import Groups
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_sample_is_in_the_group_of_its_number_on_every_mesh(data):
     rows, ranks, rounds = (data.draw(st.sampled_from((1, 2, 4)), label=name) for name in ("rows", "ranks", "rounds"))
