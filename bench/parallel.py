@@ -110,7 +110,8 @@ def profile(case: Case, worlds: dict[str, World], *, rows: int) -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help=f"of {','.join(CASES)}")
+    meshes = [name for name, case in CASES.items() if case.script]
+    parser.add_argument("--only", default=",".join(meshes), help=f"of {','.join(meshes)}")
     parser.add_argument("--rounds", type=int, default=9, help="pairs of measurements (9); 0 compares collectives and losses alone")
     parser.add_argument("--steps", type=int, default=2, help="steps of each side in a round (2)")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes instead")
@@ -119,9 +120,9 @@ def arguments() -> argparse.Namespace:
     for each in fields(Shape):
         parser.add_argument(f"--{each.name}", type=int, help=f"of the shape ({getattr(SHAPE, each.name)})")
     args = parser.parse_args()
-    wrong = [name for name in args.only.split(",") if name not in CASES]
+    wrong = [name for name in args.only.split(",") if name not in meshes]
     if wrong:
-        raise SystemExit(f"--only: {wrong[0]!r} is not one of {', '.join(CASES)}")
+        raise SystemExit(f"--only: {wrong[0]!r} is not one of {', '.join(meshes)}")
     if args.rounds < 0 or args.steps < 1:
         raise SystemExit("--rounds must not be negative, --steps at least 1")
     args.cases = [CASES[name] for name in args.only.split(",")]

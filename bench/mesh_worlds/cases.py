@@ -35,6 +35,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
+        Case("one", "", {}),
         Case("dp2", "dp", {"dp_shard": 2}),
         Case("tp2", "tp", {"tp": 2}),
         Case("pp2", "pp", {"pp": 2}, micro_batches=4),

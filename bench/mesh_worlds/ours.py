@@ -1,5 +1,6 @@
 """The engine of a session, as the stages build it, with its hang watcher and records."""
 
+import importlib
 from contextlib import ExitStack
 
 import torch
@@ -10,7 +11,7 @@ from train_peers.us import values
 from mesh_worlds.cases import Case
 
 
-def config(case: Case, shape: s.Shape):
+def config(case: Case, shape: s.Shape, engine: str = "native"):
     """The run configuration."""
     from llmtrain.config.load import load
 
@@ -21,19 +22,21 @@ def config(case: Case, shape: s.Shape):
         "compile": "off",
         "loss_chunk": shape.tokens,
     }
-    return load(given | {"parallel": case.options(shape)}, []).run
+    return load(given | {"parallel": case.options(shape), "engine": engine}, []).run
 
 
 class Trainer:
     """A step is what the training loop does: forward, backward, norm, clip, AdamW."""
 
-    def __init__(self, case: Case, shape: s.Shape):
+    def __init__(self, case: Case, shape: s.Shape, *, engine: str = "native"):
         from llmtrain.data.batch import Batch
         from llmtrain.model.objective import cross_entropy
         from llmtrain.stages.session import session
 
+        if engine == "megatron":
+            importlib.import_module("megatron_cpu")  # of the tests: it answers for CUDA
         self.world, self.case, self.batch = ExitStack(), case, Batch
-        started = self.world.enter_context(session(config(case, shape)))
+        started = self.world.enter_context(session(config(case, shape, engine)))
         self.mesh, self.engine = started.mesh, started.build_engine(cross_entropy)
 
     def step(self, tokens: Tensor, targets: Tensor) -> float:

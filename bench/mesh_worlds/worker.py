@@ -29,10 +29,10 @@ class Worker:
         os.environ["MASTER_PORT"] = str(port)
         made, self.taken = Shape(**shape), 0
         self.batches = batches(made)
-        if side == "ours":
+        if side != "hand":
             from mesh_worlds.ours import Trainer
 
-            self.trainer = Trainer(CASES[case], made)
+            self.trainer = Trainer(CASES[case], made, engine="native" if side == "ours" else side)
         else:
             dist.init_process_group("gloo")
             script = importlib.import_module(f"by_hand.{CASES[case].script}")

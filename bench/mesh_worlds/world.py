@@ -22,13 +22,13 @@ class WorldError(RuntimeError):
 
 
 class World:
-    """`side` is `ours` or `hand`. Its processes sleep while nothing is asked of them. Give it a mesh with `build`."""
+    """`side` is `ours`, `hand`, or an engine by name. Its processes sleep while nothing is asked of them. Give it a mesh with `build`."""
 
     def __init__(self, side: str, ranks: int):
         self.side, self.name = side, side
         self.place = ExitStack()
         self.scratch = tempfile.TemporaryDirectory(prefix="bench-parallel-")
-        path = os.pathsep.join([str(BENCH), str(BENCH.parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(BENCH), str(BENCH.parent), str(BENCH.parent / "tests/support"), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         env |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
         self.logs = [open(Path(self.scratch.name) / f"log-{rank}", "w") for rank in range(ranks)]  # noqa: SIM115

@@ -2,21 +2,18 @@
 what is said when it cannot start."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_tokenizer import byte_level
+from engine_runs import LINE, MEGATRON_ON_CPU, llmtrain, losses, write_facts
 from worlds import run_world
 
 from llmtrain.compat import extension_folder
+from llmtrain.packages import installed_version
 
 pytestmark = pytest.mark.deepspeed
-ROOT = Path(__file__).parents[2]
 TOY = """
 name: base
 device: cpu
@@ -35,24 +32,7 @@ schedule: {kind: constant}
 train: {steps: 16, seq_len: 32, global_batch: 4, micro_batch: 1, validate_samples: 4}
 checkpoint: {every: 0, export: hf}
 """
-FACTS = [(f"What is {a} + {b}?", f"It is {a + b}.") for a, b in ((1, 2), (2, 2), (4, 5), (3, 3))]
 WHOLE = "{zero_optimization: {stage3_param_persistence_threshold: 0}}"
-LINE = "In year {} the king said {} words to the queen, and nobody heard them at all. "
-
-
-def llmtrain(place: Path, *words: str, code: int = 0, **env: str) -> str:
-    """What `llmtrain WORDS` prints in `place`, in processes of its own."""
-    known = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    known |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | env
-    command = [sys.executable, "-m", "llmtrain", *words]
-    done = subprocess.run(command, cwd=place, env=known, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
-def losses(run: Path) -> list[float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 def worst(a: list[float], b: list[float]) -> float:
@@ -63,11 +43,9 @@ def worst(a: list[float], b: list[float]) -> float:
 def place(tmp_path_factory) -> Path:
     """A toy model with weights, facts to teach it, and a run of the native engine that does."""
     place = tmp_path_factory.mktemp("runs")
-    byte_level(place / "tokenizer")
+    write_facts(place)
     (place / "toy.yaml").write_text(TOY)
     (place / "tune.yaml").write_text(TUNE)
-    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in FACTS]
-    (place / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     llmtrain(place, "train", "-c", "toy.yaml")
     llmtrain(place, "sft", "-c", "tune.yaml", "--name", "native")
     return place
@@ -94,8 +72,13 @@ def test_a_run_changes_its_engine_on_the_way(place):
     llmtrain(place, *tune, "6")
     said = llmtrain(place, *tune, "11", "--engine", "deepspeed", "--engine.zero", "2", "--parallel.dp_shard", "2")
     assert "resumed from step 6" in said
+    last = 11
+    if installed_version("megatron-core") is not None:
+        said = llmtrain(place, *tune, "14", *MEGATRON_ON_CPU, "--parallel.tp", "2", "--train.compile", "off")
+        assert f"resumed from step {last}" in said and "engine megatron" in said
+        last = 14
     said = llmtrain(place, *tune, "16", "--parallel.dp_shard", "2")
-    assert "resumed from step 11" in said and "engine native" in said
+    assert f"resumed from step {last}" in said and "engine native" in said
     assert worst(losses(place / "runs/moved"), losses(place / "runs/native")) < 1e-4
 
 

@@ -1,20 +1,16 @@
 """Stages under the engine megatron, as a user starts them: a short fine-tuning on two ranks, and a gradient ascent."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import worlds
 from chat_tokenizer import byte_level
+from engine_runs import LINE, MEGATRON_ON_CPU, llmtrain, losses, write_facts
 
 from llmtrain.packages import installed_version
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(installed_version("megatron-core") is None, reason="megatron-core is not installed; make test-engines")
 run_world = partial(worlds.run_world, fresh=find_spec("deepspeed") is not None)
 BASE = """
@@ -36,44 +32,20 @@ optim: {lr: 5e-3}
 train: {epochs: 12, seq_len: 32, global_batch: 2, micro_batch: 1, validate_samples: 4, compile: off}
 checkpoint: {every: 5, export: hf}
 """
-FACTS = [(f"What is {a} + {b}?", f"It is {a + b}.") for a, b in ((1, 2), (2, 2), (4, 5), (3, 3))]
-ON_CPU = ["--plugins", "[megatron_cpu]", "--engine", "megatron"]
-"""The plugin lets megatron-core do without CUDA in the processes of the run."""
-
-
-def llmtrain(place: Path, *words: str) -> str:
-    """What `llmtrain WORDS` prints in `place`, in processes of its own."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/support"), env.get("PYTHONPATH", "")])
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "llmtrain", *words]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
-
-
-def losses(run: Path, kind: str = "train") -> list[float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == kind]
 
 
 def test_a_fine_tuning_on_two_ranks(tmp_path):
-    byte_level(tmp_path / "tokenizer")
-    chats = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in FACTS]
-    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    write_facts(tmp_path)
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "tune.yaml").write_text(TUNE)
     llmtrain(tmp_path, "train", "-c", "base.yaml")
     llmtrain(tmp_path, "sft", "-c", "tune.yaml", "--name", "native")
-    said = llmtrain(tmp_path, "sft", "-c", "tune.yaml", "--name", "theirs", "--parallel.tp", "2", *ON_CPU)
+    said = llmtrain(tmp_path, "sft", "-c", "tune.yaml", "--name", "theirs", "--parallel.tp", "2", *MEGATRON_ON_CPU)
     assert "engine megatron" in said
     native, theirs = losses(tmp_path / "runs/native"), losses(tmp_path / "runs/theirs")
     assert theirs == pytest.approx(native, rel=1e-3) and theirs[-1] < 0.7 * theirs[0]
     assert losses(tmp_path / "runs/theirs", "validation") == pytest.approx(losses(tmp_path / "runs/native", "validation"), rel=1e-3)
     assert (tmp_path / "runs/theirs/hf/model.safetensors").is_file()
-
-
-LINE = "In year {} the king said {} words to the queen, and nobody heard them at all. "
 
 
 def test_a_gradient_ascent(tmp_path):
