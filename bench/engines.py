@@ -65,12 +65,8 @@ def measure(mesh: str, shape: Shape, *, rounds: int, steps: int) -> dict[str, Me
 def table(mesh: str, found: dict[str, Measured]) -> list[str]:
     """Markdown: medians, spread, and the ratio to engine native's in the same round."""
     native = found["native"]
-    lines = [
-        f"## {mesh}",
-        "",
-        "| engine | CPU s a step, median | smallest to largest | over native, median (range) | clock s | loss off native's |",
-    ]
-    lines += ["|---|--:|--:|--:|--:|--:|"]
+    head = "| engine | CPU s a step | smallest to largest | over native (range) | clock s | loss off native's |"
+    lines = [f"## {mesh}", "", head, "|---|--:|--:|--:|--:|--:|"]
     for engine, one in found.items():
         ratios = sorted(a / b for a, b in zip(one.cpu, native.cpu))
         off = max(abs(a - b) / b for a, b in zip(one.losses, native.losses))
@@ -91,17 +87,15 @@ def main() -> int:
     results = {mesh: measure(mesh, SHAPE, rounds=args.rounds, steps=args.steps) for mesh in args.only}
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "deepspeed", "megatron-core"))
     command = "python bench/engines.py " + shlex.join(sys.argv[1:])
-    lines = ["# Engines", "", f"`{command.strip()}`, {time.strftime('%Y-%m-%d')}; commit {commit()}; {machine()}; {versions}.", ""]
-    lines += [
-        f"{SHAPE.parameters / 1e6:.1f} M parameters, {SHAPE.batch} x {SHAPE.seq} tokens a step, fp32, one thread a rank; {args.rounds} rounds",
-        "",
-    ]
+    when = f"{time.strftime('%Y-%m-%d')}, commit {commit()}; {machine()}; {versions}"
+    what = f"{SHAPE.parameters / 1e6:.1f} M parameters, {SHAPE.batch} x {SHAPE.seq} tokens a step, fp32, one thread a rank"
+    lines = ["# Engines", "", f"`{command.strip()}`, {when}.", "", f"{what}; medians of {args.rounds} rounds.", ""]
     for mesh, found in results.items():
         lines += table(mesh, found)
     args.out.write_text("\n".join(lines))
     print("\n".join(lines))
-    offs = [abs(a - b) / b for found in results.values() for one in found.values() for a, b in zip(one.losses, found["native"].losses)]
-    return int(max(offs) > LOSS_LIMIT)
+    pairs = [(one, found["native"]) for found in results.values() for one in found.values()]
+    return int(max(abs(a - b) / b for one, native in pairs for a, b in zip(one.losses, native.losses)) > LOSS_LIMIT)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,12 @@ def prepare(folder: Path, *, small: bool) -> None:
     from llmtrain.data.metaladder.render import examples
     from llmtrain.tools import data
 
-    sizes = {"--largest": LARGEST, "--problems": 24 if small else PROBLEMS, "--test": 8 if small else TEST, "--validation": 8 if small else VALIDATION}
+    sizes = {
+        "--largest": LARGEST,
+        "--problems": 24 if small else PROBLEMS,
+        "--test": 8 if small else TEST,
+        "--validation": 8 if small else VALIDATION,
+    }
     if not (folder / "sizes.json").exists():
         words = [str(word) for pair in sizes.items() for word in pair]
         data.main(["metaladder", "--out", str(folder), *words])
