@@ -10,6 +10,8 @@ from llmtrain.packages import installed_version
 
 VERSIONS = ("0.16.1",)
 """Of megatron-core, with which the engine is tested."""
+ASCEND = "0.12.1"
+"""The one that MindSpeed pins, whose parameters have the same names and shapes (docs/megatron.md)."""
 
 
 def runs(version: str) -> bool:

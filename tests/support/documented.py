@@ -46,6 +46,10 @@ def _config(words: list[str]) -> None:
         _run([word for word in rest if word != "--presets"])
     elif action == "help":
         assert all(options_help(section) for section in rest)
+    elif action == "from-megatron":
+        from llmtrain.convert.megatron_yaml import translate
+
+        assert translate(rest).text()
     else:
         assert (action, len(rest)) in (("schema", 0), ("diff", 2)), words
         [load(Path(file), []) for file in rest if Path(file).exists()]
