@@ -15,7 +15,10 @@ SHARED = {80: 163 << 10, 90: 227 << 10}
 PRODUCTS = {80: "mma.sync.aligned.m16n8k16", 90: "wgmma.mma_async.sync.aligned.m64"}
 
 
-BY_VERSION = {"3.6": {(90, "backward_kv", 128): 4}, "3.8": {(90, "backward_q", 192): 168}}
+BY_VERSION = {
+    "3.6": {(90, "backward_kv", 128): 4, (90, "backward_q", 192): 192, (90, "backward_kv", 192): 16},
+    "3.8": {(90, "backward_q", 192): 168},
+}
 SPILLED = {(90, "backward_kv", 192): 12} | BY_VERSION.get(triton.__version__.rpartition(".")[0], {})
 """Bytes a thread that ptxas of Triton 3.9 spills, and of others that came with a supported torch; nothing elsewhere."""
 
