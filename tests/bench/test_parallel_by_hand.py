@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 def bench(out: Path, *arguments: str) -> subprocess.CompletedProcess:
     words = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, str(ROOT / "bench/parallel.py"), "--rounds", "0", "--out", str(out), *words, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_collectives_and_losses_are_those_of_the_scripts(tmp_path):
