@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 def python(*words, **env):
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT), **env}
+        [sys.executable, *words], capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT), **env}
     )
 
 

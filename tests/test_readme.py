@@ -66,7 +66,7 @@ def llmtrain(place: Path, words: list[str]) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "llmtrain", *words]
-    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
 
 
 def shortened(words: list[str]) -> list[str]:
@@ -80,7 +80,7 @@ def recipe(target: str, *settings: str) -> list[str]:
     """What `make TARGET` would run."""
     command = ["make", "-n", "-B", "-C", str(ROOT), target, *settings]
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}  # of the make that runs this
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

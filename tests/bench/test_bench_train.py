@@ -14,7 +14,7 @@ TINY += [word for name, value in SHAPE.items() for word in (f"--{name}", str(val
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "bench/train.py"), *TINY, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def rows(path: Path) -> list[list[str]]:

@@ -99,7 +99,7 @@ def test_transformers_with_our_classes(exported, tmp_path):
     folder, logits = exported
     torch.save(tokens(), tmp_path / "ids.pt")
     words = [sys.executable, "-c", LOADING, str(folder), str(tmp_path / "again"), str(tmp_path / "ids.pt")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200)  # a process of its own: registering lasts
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)  # a process of its own: registering lasts
     assert done.returncode == 0, done.stderr[-3000:]
     torch.testing.assert_close(torch.load(tmp_path / "ids.pt"), logits, atol=1e-5, rtol=1e-5)
     assert model_config(tmp_path / "again") == model_config(folder)  # what transformers saved is read again
@@ -118,5 +118,5 @@ def test_without_a_sandwich_it_is_llama_with_biases():
 def test_convert_verifies_it(exported, tmp_path):
     pytest.importorskip("transformers", reason="the classes are built on transformers")
     words = [sys.executable, "-m", "llmtrain", "convert", str(exported[0]), str(tmp_path / "run"), "--to", "native", "--verify"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "verify: logits differ by at most" in done.stdout, done.stderr[-3000:]

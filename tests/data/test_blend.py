@@ -141,7 +141,7 @@ def test_processes_share_one_index(tmp_path):
     ranks = [context.Process(target=_first_tokens, args=(path, str(tmp_path / "cache"), results)) for _ in range(4)]
     for rank in ranks:
         rank.start()
-    rows = [results.get(timeout=60) for _ in ranks]
+    rows = [results.get(timeout=600) for _ in ranks]
     for rank in ranks:
         rank.join()
     assert all(r == rows[0] for r in rows)

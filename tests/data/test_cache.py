@@ -26,7 +26,7 @@ def test_built_by_one_process_while_the_others_wait(tmp_path):
     ranks = [context.Process(target=_want, args=(tmp_path / "c" / "x", tmp_path / "log", results)) for _ in range(4)]
     for rank in ranks:
         rank.start()
-    assert [results.get(timeout=60) for _ in ranks] == [[0, 1, 2, 3, 4]] * 4
+    assert [results.get(timeout=600) for _ in ranks] == [[0, 1, 2, 3, 4]] * 4
     for rank in ranks:
         rank.join()
     assert (tmp_path / "log").read_text() == "built\n"

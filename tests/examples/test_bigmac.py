@@ -114,7 +114,7 @@ def test_where_there_can_be_no_network_a_sentence_says_so(missing, tmp_path):
     path = {"tools": str(tmp_path), "root": os.environ["PATH"]}[missing]
     command = [sys.executable, "-c", f"{script}; runpy.run_path({str(EXAMPLE / 'run.py')!r}, run_name='__main__')"]
     env = os.environ | {"PATH": path, "PYTHONPATH": str(EXAMPLE.parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 1 and done.stdout == "" and not list(tmp_path.iterdir())
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert ("iproute2" in done.stderr) if missing == "tools" or network.shutil.which("tc") is None else "sudo" in done.stderr

@@ -14,7 +14,7 @@ def test_the_small_run(tmp_path):
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(ROOT / "examples/metaladder/run.py"), "--small", "--output", str(tmp_path), "--device", "cpu"]
     arms = ["--arms", "cot_tokens", "metaladder", "self_evolve"]
-    done = subprocess.run([*command, *arms], env=env, capture_output=True, text=True, timeout=400, stdin=subprocess.DEVNULL)
+    done = subprocess.run([*command, *arms], env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "mechanics: formats, targets, stops and rounds are as they should be" in done.stdout
     text = (tmp_path / "results.md").read_text()

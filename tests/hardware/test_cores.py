@@ -180,7 +180,7 @@ def ranks_of(folder: Path, launcher: list[str], ranks: int, env: dict | None = N
     script.write_text(PROBE)
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", cores.OURS)}
     command = [*launcher, str(script), str(folder), json.dumps({"dp_shard": ranks, **options})]
-    done = subprocess.run(command, env=clean | {"PYTHONPATH": str(ROOT)} | (env or {}), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=clean | {"PYTHONPATH": str(ROOT)} | (env or {}), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 

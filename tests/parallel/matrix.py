@@ -154,7 +154,7 @@ def run_one_world(ranks: int, wanted: dict[str, dict], progress: "Progress") -> 
         def work() -> None:
             args = {"scenarios": wanted, "done": str(done)}
             try:
-                run_world("sameness:train_all", ranks, args=args, folder=Path(folder), timeout=120 + 60 * len(wanted))
+                run_world("sameness:train_all", ranks, args=args, folder=Path(folder), timeout=240 + 60 * len(wanted))
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 errors.append(last_words(str(error)))
 

@@ -27,7 +27,7 @@ def llmtrain(place: Path, *words: str, path: tuple[Path, ...] = (), code: int = 
     command = ["-c", "from llmtrain.cli import main; raise SystemExit(main())", *words]
     # As the installed script does: the working folder is not on the path by itself.
     done = subprocess.run([sys.executable, "-P", *command] if sys.version_info >= (3, 11) else [sys.executable, *command],
-                          cwd=place, env=env, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)  # fmt: skip
+                          cwd=place, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)  # fmt: skip
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
 
@@ -111,7 +111,7 @@ print(json.dumps(answers))
 def test_what_is_wrong_is_said_in_one_line(place):
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", ASK, json.dumps([words for words, _ in WRONG])]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600, check=True)
     for (words, message), (code, err) in zip(WRONG, json.loads(done.stdout.splitlines()[-1]), strict=True):
         assert code == 1 and err.count("\n") == 1 and message in err, (words, err)
 
@@ -144,7 +144,7 @@ def test_a_run_without_the_plugin_is_read_without_it(place, installed, tmp_path)
     llmtrain(tmp_path, "config", "show", "--train.steps", "1", path=(installed,))
     script = "import sys; from llmtrain import RunConfig; from llmtrain.config.load import to_yaml; print(to_yaml(RunConfig.load()))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(installed)])}
-    text = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+    text = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600, check=True).stdout
     assert "parallel:" in text and "unlearn" not in text and "scale: 1.0" not in text
 
 

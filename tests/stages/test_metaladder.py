@@ -193,7 +193,7 @@ def test_two_ranks_share_the_answers(place):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(place), *sys.path]), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "llmtrain", "metaladder", "-c", "two.yaml"]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert [f["answers"]["validation"]["plain"]["count"] for f in results(cfg)] == [6, 6] and "| round | examples |" in done.stdout
     answers = json.loads((place / "runs/two/answers/round-0-train-plain.json").read_text())["answers"]

@@ -15,4 +15,4 @@ def environment() -> dict[str, str]:
 
 def llmtrain(words: list[str], folder: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "llmtrain", *words]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)

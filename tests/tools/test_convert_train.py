@@ -45,7 +45,7 @@ class Place:
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, "-m", "llmtrain", "train", "-c", "base.yaml", "--name", name, *words]
-        done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
         assert done.returncode == code, done.stdout + done.stderr
         return self.folder / "runs" / name, done.stdout + done.stderr
 
@@ -106,7 +106,7 @@ def test_from_a_run_folder_and_from_the_run_folder_itself(place, straight):
     there += ["--train.seq_len", "32", "--train.global_batch", "4", "--train.micro_batch", "2", "--optim.lr", "1e-3"]
     command = [sys.executable, "-m", "llmtrain", *there]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=place.folder, env=env, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=place.folder, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert "resumed from step 0" in done.stdout
     np.testing.assert_allclose(place.losses(place.folder / "native"), place.losses(straight[0]), rtol=1e-6)
@@ -121,7 +121,7 @@ def test_a_run_that_resumes_does_not_need_the_folder(place, straight):
         words = ["-c", str(config)]
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "llmtrain", "train", *words, "--train.steps", "4"]
-        done = subprocess.run(command, cwd=place.folder, env=env, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=place.folder, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert "resumed from step 2" in done.stdout and "weights:" not in done.stdout.replace("weights:    ", "")
         assert len(place.losses(run)) == 4

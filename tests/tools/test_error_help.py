@@ -32,7 +32,7 @@ EI0006 = "EI0006: [PID: 1292363] 2025-04-08-18:07:20.444.436 Getting socket time
 def python(*words):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env.pop("RANK", None)
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, env=env)
 
 
 def raises(text, kind="RuntimeError"):

@@ -28,7 +28,7 @@ def start(case: str, folder: Path, **env: str) -> subprocess.Popen:
 
 def run_world(case: str, folder: Path, world: int) -> None:
     ranks = [start(case, folder, RANK=str(rank), WORLD_SIZE=str(world)) for rank in range(world)]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(outputs)
 
 
@@ -48,6 +48,6 @@ def test_saved_on_two_ranks_loaded_on_one_and_four_saved_as_hsdp(tmp_path):
 
 def test_killed_at_random_moments(tmp_path):
     killer = start("killed", tmp_path)
-    output = killer.communicate(timeout=120)[0]
+    output = killer.communicate(timeout=600)[0]
     assert killer.returncode == 0 and "ok, killed inside a save" in output, output
     assert torch.tensor(int(output.split(":")[-1])) > 0, f"no kill hit a save: {output}"

@@ -50,7 +50,7 @@ def launch(place: Path, *words: str) -> str:
 
 def start(place: Path, **extra: str) -> subprocess.CompletedProcess:
     env = environment() | {"PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"} | extra
-    return subprocess.run(["bash", "job"], cwd=place.parent, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return subprocess.run(["bash", "job"], cwd=place.parent, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
 
 
 def steps(place: Path) -> list[int]:
