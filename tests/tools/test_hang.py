@@ -134,7 +134,7 @@ def assert_absent(found, axis, op, *, there, last):
     """Rank 1 is said not to have arrived at `op` of `axis` at the layer `there`, and to have been seen last at layer `last`."""
     waiting = WAITING.get(axis, "0")
     here = re.search(rf"rank 1 did not arrive at {op} of group (\w+/)*{axis}(/\w+)*; ranks? {waiting}\b", found.err)
-    assert here or axis in ELSEWHERE and ELSEWHERE[axis] in found.err
+    assert here or (axis in ELSEWHERE and ELSEWHERE[axis] in found.err)
     assert re.match(rf"{waiting} +waits +{op}.* (\w+/)*{axis}(/\w+)* ", found.rows()[waiting]) and re.match("1 +runs ", found.rows()["1"])
     assert (found.layers()[waiting], found.layers()["1"]) == (there, last)
     assert f"last seen at step {STEP}, training, {last}" in found.err
