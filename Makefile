@@ -53,8 +53,15 @@ smollm2: install
 	$(BIN)/llmtrain eval runs/smollm2/hf perplexity $(SMOL_TEXTS) --context 512 --tokens 1536
 	$(BIN)/llmtrain convert runs/smollm2 $(SMOL)/trained --to hf --dtype bf16 --verify --force
 
+# The tests of $(2) under $(1)'s pytest, two at a time. What failed beside other tests is run once more alone, in sight: it fails if it fails twice.
+CACHE = -o cache_dir=.pytest_cache/$@
+define tests
+$(1) -m pytest $(2) $(CACHE) -n 2 --dist loadfile --durations 8 -rs $(ARGS) || { test $$? -eq 1 && \
+	echo "what failed, once more and alone:" && $(1) -m pytest $(2) $(CACHE) --last-failed --last-failed-no-failures none $(ARGS); }
+endef
+
 test: install-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 8 -rs --ignore tests/simulate
+	$(call tests,$(BIN)/python,--ignore tests/simulate)
 
 # The same with another torch, in an environment of its own: make test-torch TORCH_VERSION=2.10.0 (docs/torch-versions.md)
 test-torch:
@@ -77,8 +84,10 @@ $(NPU_VENV)/.installed: setup.py pyproject.toml
 	touch $@
 
 ifneq ($(filter $(NPU_MACHINE),$(NPU_MACHINES)),)
+test-npu: export TORCH_DEVICE_BACKEND_AUTOLOAD = 0
+test-npu: export OMP_NUM_THREADS = 1
 test-npu: $(NPU_VENV)/.installed
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 $(NPU_VENV)/bin/python -m pytest tests/npu -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+	$(call tests,$(NPU_VENV)/bin/python,tests/npu)
 else
 test-npu:
 	@echo "test-npu: left out, torch_npu has no wheel for $(NPU_MACHINE) (it has for $(NPU_MACHINES))"
@@ -106,9 +115,11 @@ $(ASCEND_VENV)/.installed:
 	touch $@
 
 ifeq ($(NPU_MACHINE),Linux-x86_64)
+test-kernels: export LLMTRAIN_ASCEND_PYTHON = $(CURDIR)/$(ASCEND_VENV)/bin/python
+test-kernels: export TRITON_INTERPRET = 1
+test-kernels: export OMP_NUM_THREADS = 1
 test-kernels: $(KERNELS_VENV)/.installed $(ASCEND_VENV)/.installed
-	LLMTRAIN_ASCEND_PYTHON=$(CURDIR)/$(ASCEND_VENV)/bin/python TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
-		$(KERNELS_VENV)/bin/python -m pytest tests/kernels -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+	$(call tests,$(KERNELS_VENV)/bin/python,tests/kernels)
 else
 test-kernels:
 	@echo "test-kernels: left out on $(NPU_MACHINE): its packages have wheels for Linux-x86_64"
@@ -128,9 +139,10 @@ $(ENGINES_VENV)/.installed: setup.py pyproject.toml
 	$(ENGINES_VENV)/bin/pip install --quiet --no-deps --target $(OLD_MEGATRON) megatron-core==0.12.1
 	touch $@
 
+test-engines: export LLMTRAIN_MEGATRON_0_12_1 = $(OLD_MEGATRON)
+test-engines: export OMP_NUM_THREADS = 1
 test-engines: $(ENGINES_VENV)/.installed
-	LLMTRAIN_MEGATRON_0_12_1=$(OLD_MEGATRON) OMP_NUM_THREADS=1 \
-		$(ENGINES_VENV)/bin/python -m pytest tests/engines -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+	$(call tests,$(ENGINES_VENV)/bin/python,tests/engines)
 
 # The planner (docs/plan.md): closed form against events, the error table against the committed one, the papers' figures. Needs no torch.
 test-plan: install-test
