@@ -16,10 +16,8 @@ def check(data: Path, output: Path, cfg) -> None:
     for answer in json.loads(answers.read_text())["answers"]:
         assert "Similar Problem:" not in answer["text"].partition("\n\nOriginal Problem:\n")[0], "stopped before the similar problem"
         assert answer["tokens"] <= cfg.metaladder.max_new + 1
-    evolved = output / cfg.name.replace("metaladder-", "self_evolve-") / "results.json"
-    if evolved.exists():
-        rounds = json.loads(evolved.read_text())
-        assert len(rounds) == 2 and rounds[1]["examples"] == rounds[0]["examples"] + rounds[0]["added"]
+    rounds = json.loads((output / cfg.name / "results.json").read_text())
+    assert len(rounds) == 2 and rounds[1]["examples"] == rounds[0]["examples"] + rounds[0]["added"]
     print("mechanics: formats, targets, stops and rounds are as they should be")
 
 

@@ -4,8 +4,8 @@
     python examples/metaladder/run.py --plan     # says how much it is
     python examples/metaladder/run.py --small    # seconds: the mechanics on a few problems; results in runs/metaladder_small
 
-Every arm trains the same model on the same problems. Its learning rate is the one of RATES that answers most validation problems with the
-first seed, whose test answers then count like those of the other seeds.
+Every arm trains the same model on the same problems, with the learning rate of RATES with which CoT (first seed) answers most validation
+problems. Seed by seed, so that a stopped run has something to say: results.md is written after each.
 """
 
 import argparse
@@ -18,28 +18,27 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
-PROBLEMS, TEST, VALIDATION, SEEDS, RATES = 1000, 1000, 300, (1, 2, 3), (5e-4, 1.5e-3)
+PROBLEMS, TEST, VALIDATION, SEEDS, RATES = 1000, 500, 200, (1, 2, 3), (5e-4, 1.5e-3)
 LARGEST = 30
 """Number in a problem: with 20, one template has too few instances for so many different problems."""
 VOCABULARY = 600
 
 
 class Arm(NamedTuple):
-    """Options of one arm, and what it is asked with."""
+    """A run's options, what it is asked with, and the row of the results that each of its rounds is."""
 
-    title: str
     options: dict
+    rows: tuple[str, ...]
     inference: tuple[str, ...] = ("plain",)
 
 
 ARMS = {
-    "cot": Arm("CoT, equal epochs", {"variant": "cot"}),
-    "cot_tokens": Arm("CoT, equal tokens", {"variant": "cot", "tokens_of": "metaladder"}),
-    "analogyaug": Arm("AnalogyAug, equal tokens", {"variant": "analogyaug", "tokens_of": "metaladder"}),
-    "no_analogy": Arm("type and restating alone", {"variant": "no_analogy"}),
-    "metaladder": Arm("MetaLadder", {"variant": "metaladder"}, ("plain", "shortcut")),
-    "reverse": Arm("MetaLadder + reverse", {"variant": "metaladder+reverse"}, ("plain", "shortcut")),
-    "self_evolve": Arm("MetaLadder + self-evolve", {"variant": "metaladder", "rounds": 1}, ("plain", "shortcut")),
+    "cot": Arm({"variant": "cot"}, ("CoT, equal epochs",)),
+    "metaladder": Arm({"variant": "metaladder", "rounds": 1}, ("MetaLadder", "MetaLadder + self-evolve"), ("plain", "shortcut")),
+    "cot_tokens": Arm({"variant": "cot", "tokens_of": "metaladder"}, ("CoT, equal tokens",)),
+    "reverse": Arm({"variant": "metaladder+reverse"}, ("MetaLadder + reverse",), ("plain", "shortcut")),
+    "analogyaug": Arm({"variant": "analogyaug", "tokens_of": "metaladder"}, ("AnalogyAug, equal tokens",)),
+    "no_analogy": Arm({"variant": "no_analogy"}, ("type and restating alone",)),
 }
 SMALL = {
     "model.layers": 1,
@@ -99,17 +98,20 @@ def train(cfg) -> list[dict]:
     return json.loads(done.read_text())
 
 
-def correct(rounds: list[dict]) -> float:
-    """Accuracy on the validation problems after the last round."""
-    return rounds[-1]["answers"]["validation"]["plain"]["accuracy"]
+def chosen(rates: tuple[float, ...], **shared) -> float:
+    """The learning rate with which CoT answers most validation problems."""
+    if len(rates) == 1:
+        return rates[0]
+    rounds = {rate: train(config("cot", rate=rate, seed=1, **shared))[-1] for rate in rates}
+    return max(rates, key=lambda rate: rounds[rate]["answers"]["validation"]["plain"]["accuracy"])
 
 
 def plan(seeds, rates) -> str:
     """How much will be run."""
-    runs = len(ARMS) * (len(rates) + len(seeds) - 1)
+    runs = len(ARMS) * len(seeds) + len(rates) - 1
     return (
-        f"{len(ARMS)} arms, {len(seeds)} seeds, {len(rates)} learning rates tried with the first: {runs} runs of {PROBLEMS:,} problems "
-        f"(self-evolve: two rounds each), {TEST:,} test problems a set. Minutes per run: see README.md"
+        f"{len(ARMS)} arms, {len(seeds)} seeds, {len(rates)} learning rates tried with CoT: {runs} runs of {PROBLEMS:,} problems "
+        f"(MetaLadder: two rounds each, the second being self-evolve), {TEST:,} test problems a set. Minutes per run: see README.md"
     )
 
 
@@ -128,27 +130,26 @@ def main() -> None:
     if args.plan:
         return
     from sums import base_model
+    from tables import write_results
 
     name = f"metaladder{'_small' * args.small}"
     data, output = ROOT / "data" / name, (args.output or ROOT / "runs" / name).resolve()
     prepare(data, small=args.small)
     base = base_model(data, output, config=HERE / "sums.yaml", largest=LARGEST, options=SMALL if args.small else {})
     shared = {"data": data, "output": output, "base": base, "small": args.small, "overrides": overrides}
-    found = {}
-    for arm in args.arms:
-        first = {rate: train(config(arm, rate=rate, seed=1, **shared)) for rate in rates}
-        best = max(rates, key=lambda rate: correct(first[rate]))
-        others = [train(config(arm, rate=best, seed=seed, **shared)) for seed in seeds if seed > 1]
-        found[arm] = {"rate": best, "runs": [first[best], *others]}
-        print(f"{ARMS[arm].title}: learning rate {best:g}", flush=True)
-    from tables import write_results
-
-    where = output if args.small or len(found) < len(ARMS) else HERE
-    write_results(where, found, {arm: ARMS[arm].title for arm in found})
+    rate = chosen(rates, **shared)
+    where = output if args.small or len(args.arms) < len(ARMS) else HERE
+    found: dict[str, list[dict]] = {}
+    for seed in seeds:
+        for arm in args.arms:
+            rounds = train(config(arm, rate=rate, seed=seed, **shared))
+            for row, result in zip(ARMS[arm].rows, rounds, strict=True):
+                found.setdefault(row, []).append(result)
+        write_results(where, found, rate=rate)
     if args.small:
         from mechanics import check
 
-        check(data, output, config("metaladder", rate=rates[0], seed=1, **shared))
+        check(data, output, config("metaladder", rate=rate, seed=1, **shared))
     print(f"wrote {where / 'results.md'}")
 
 
