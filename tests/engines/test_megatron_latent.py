@@ -1,4 +1,4 @@
-"""Two gradients that megatron-core's own latent attention has wrong under tensor parallelism, and the engine's has not (docs/megatron.md)."""
+"""Two gradients that are wrong in megatron-core's own latent attention under tensor parallelism, but not in ours (docs/megatron.md)."""
 
 from importlib.util import find_spec
 
@@ -47,7 +47,7 @@ def wrong(two: dict, one: dict) -> set[str]:
     assert two.keys() == one.keys()
     found = {name: off(two[name], one[name]) for name in one}
     print({name: f"{value:.1e}" for name, value in found.items()})
-    return {name for name, value in found.items() if value > 1e-5}
+    return {name for name, value in found.items() if value > 3e-6}
 
 
 def test_the_norm_of_queries_is_doubled(found):
