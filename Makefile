@@ -12,7 +12,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test test-torch test-npu test-kernels test-engines test-plan parity lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test test-torch test-npu test-kernels test-engines test-plan parity parity-engines lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -131,6 +131,10 @@ $(ENGINES_VENV)/.installed: setup.py pyproject.toml
 test-engines: $(ENGINES_VENV)/.installed
 	LLMTRAIN_MEGATRON_0_12_1=$(OLD_MEGATRON) OMP_NUM_THREADS=1 \
 		$(ENGINES_VENV)/bin/python -m pytest tests/engines -n 2 --dist loadfile --durations 8 -rs $(ARGS)
+
+# The rows of these engines against one native process -> docs/parity-engines.md.
+parity-engines:
+	$(MAKE) test-engines ARGS="-k 'trains_as_one or train_as_one' --parity-page docs/parity-engines.md"
 
 # The planner (docs/plan.md): closed form against events, the error table against the committed one, the papers' figures. Needs no torch.
 test-plan: install-test
