@@ -12,7 +12,7 @@ QUICK = data/quickstart
 ARGS ?=
 INDEX_FLAG = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart smollm2 test test-torch test-npu test-kernels test-engines test-plan parity lint install install-test bench-train clean
+.PHONY: quickstart smollm2 test test-torch test-npu test-kernels test-engines test-plan parity parity-engines lint install install-test bench-train clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: setup.py pyproject.toml
@@ -143,6 +143,10 @@ test-engines: export LLMTRAIN_MEGATRON_0_12_1 = $(OLD_MEGATRON)
 test-engines: export OMP_NUM_THREADS = 1
 test-engines: $(ENGINES_VENV)/.installed
 	$(call tests,$(ENGINES_VENV)/bin/python,tests/engines)
+
+# The rows of these engines against one native process -> docs/parity-engines.md.
+parity-engines:
+	$(MAKE) test-engines ARGS="-k 'trains_as_one or train_as_one' --parity-page docs/parity-engines.md"
 
 # The planner (docs/plan.md): closed form against events, the error table against the committed one, the papers' figures. Needs no torch.
 test-plan: install-test

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtrain.config.ffn import MoEConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.layout.balance import Groups
 from llmtrain.model.moe import MoE
@@ -158,17 +159,25 @@ class ExpertUsage:
         return {number: float(layer.router.bias.norm()) for number, (_, layer) in self.modules.items()}
 
     def metrics(self) -> dict[str, Any]:
-        """Of the last step by layer, from block `first_layer` on: `load`, the fullest expert's tokens over the mean; `entropy` of the
-        experts' shares over that of equal ones; and `dropped`, the share of choices that found no room, where there is a capacity."""
-        counts, dropped = self.totals[:, :-1].double().cpu(), self.totals[:, -1].double().cpu()
-        total = counts.sum(1).clamp_min(1)
-        shares = counts / total[:, None]
-        entropy = -(shares * shares.clamp_min(1e-300).log()).sum(1) / math.log(max(2, self.ffn.experts))
-        found = {"load": shares.amax(1) * self.ffn.experts, "entropy": entropy}
-        if self.ffn.capacity is not None:
-            found["dropped"] = dropped / total
-        layers = {name: [round(value, 6) for value in values.tolist()] for name, values in found.items()}
-        return {"first_layer": self.ffn.dense_layers} | layers
+        """`shares_of` the last step."""
+        return shares_of(self.totals, self.ffn)
+
+
+def shares_of(totals: Tensor, ffn: MoEConfig) -> dict[str, Any]:
+    """What is reported of `totals` [L,E+1], choices of each expert and dropped ones, by layer, from block `first_layer` on.
+
+    `load` is the fullest expert's tokens over the mean; `entropy` that of the experts' shares over that of equal ones; and `dropped` the
+    share of choices that found no room, where there is a capacity.
+    """
+    counts, dropped = totals[:, :-1].double().cpu(), totals[:, -1].double().cpu()
+    total = counts.sum(1).clamp_min(1)
+    shares = counts / total[:, None]
+    entropy = -(shares * shares.clamp_min(1e-300).log()).sum(1) / math.log(max(2, ffn.experts))
+    found = {"load": shares.amax(1) * ffn.experts, "entropy": entropy}
+    if ffn.capacity is not None:
+        found["dropped"] = dropped / total
+    layers = {name: [round(value, 6) for value in values.tolist()] for name, values in found.items()}
+    return {"first_layer": ffn.dense_layers} | layers
 
 
 def _number(name: str, model: ModelConfig) -> int:

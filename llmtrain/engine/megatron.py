@@ -5,6 +5,7 @@ megatron-core is imported when an engine is built.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,6 +44,7 @@ class MegatronEngine:
         from llmtrain.engine.megatron_optimizer import NOT_DECAYED, Optimizer
         from llmtrain.engine.megatron_stages import MegatronStages, start_world
         from llmtrain.engine.megatron_state import Layout, State
+        from llmtrain.engine.megatron_usage import build_usage
 
         self.cfg, self.objective, self.mesh, self.device = cfg, objective, mesh, device
         start_world(cfg, mesh)
@@ -55,6 +57,7 @@ class MegatronEngine:
         self.stages = MegatronStages(cfg, shared, mesh, sharded=sharded)
         self.layout = Layout(cfg.model, self.stages.models, mesh)
         self.layout.mark()
+        self.usage = build_usage(self.stages.models, cfg.model, mesh)
         for held in self.layout.held.values():
             decayed = {is_decayed(part.name, cfg.optim) for part in held.entry.parts}
             if len(decayed) > 1:
@@ -84,11 +87,16 @@ class MegatronEngine:
         """Gradients of the mean over all target tokens of the step; see Engine."""
         total = self._count_targets(micro_batches)
         prepared, before = self._prepared(micro_batches, heads=self.cfg.model.mtp.heads), self._biases()
+        if self.usage is not None:
+            self.usage.begin_step()
         losses = self.stages.train(prepared, objective=self.objective, scale=1.0 / total)
         self._moved = self._biases()  # megatron-core moves them with the gradients; here that waits for `apply`
         self._set_biases(before)
         self._norm = self.optimizer.grad_norm()
-        return self._result(micro_batches, [loss.item() for loss in losses], total)
+        result = self._result(micro_batches, [loss.item() for loss in losses], total)
+        if self.usage is None:
+            return result
+        return replace(result, metrics=self.usage.metrics(self.mesh.sum(*self.usage.end_step())), expert_counts=self.usage.totals)
 
     def _biases(self) -> list[torch.Tensor]:
         """Copies of the routers' biases of this rank."""

@@ -76,8 +76,6 @@ def _experts(cfg: RunConfig) -> Iterator[str]:
             yield f"model.ffn.balance.sequences {ffn.balance.sequences}: 1, or train.micro_batch {cfg.train.micro_batch}"
         if router.bias_rate is not None or router.top_groups < router.groups:
             yield "model.ffn.balance with router.bias_rate or top_groups: its loss counts choices without them"
-    if cfg.guards.experts.action == "stop":
-        yield "guards.experts.action stop: it does not report how experts are used"
     if router.force_balance:
         yield "model.ffn.router.force_balance"
     if router.top_groups < router.groups and ffn.top_k != 2 * router.top_groups:

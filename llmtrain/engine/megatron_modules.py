@@ -107,12 +107,45 @@ class LatentAttention(MLASelfAttention):
 
 class Router(TopKRouter):
     """megatron-core's, with logits in fp32 whatever the rest computes in; its own product asks for a name that only Transformer Engine
-    brings."""
+    brings.
+
+    `counts` [E], the choices of each expert, and `losses`, what balancing has added, are those of forward passes that are differentiated,
+    of which each is made once, with recomputation too.
+    """
+
+    counts: Tensor | None = None
+    losses: Tensor | float = 0.0
+
+    def _apply(self, fn, recurse=True):
+        # In 16 bits biases and what they are moved by would be rounded; and the engine holds the tensor of the biases.
+        kept = {name: getattr(self, name) for name in ("expert_bias", "local_tokens_per_expert")}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if buffer is not None and getattr(self, name).dtype.itemsize < 4:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     def gating(self, input: Tensor) -> Tensor:
         """[S,B,D] -> [S,B,E]."""
         self._maintain_float32_expert_bias()
         return F.linear(input.float(), self.weight.float())
+
+    def routing(self, logits: Tensor, *given, **options) -> tuple[Tensor, Tensor]:
+        """As TopKRouter.routing, looked at."""
+        probs, chosen = super().routing(logits, *given, **options)
+        if self.training and torch.is_grad_enabled():
+            found = chosen.sum(0)
+            self.counts = found if self.counts is None else self.counts + found
+            if self.config.moe_z_loss_coeff:
+                weight = self.config.moe_z_loss_coeff / self.tp_cp_group.size()
+                self.losses = self.losses + weight * logits.detach().logsumexp(-1).square().sum()
+        return probs, chosen
+
+    def attach_and_log_load_balancing_loss(self, activation: Tensor, coefficient: float, loss: Tensor, *given, **options) -> Tensor:
+        """As TopKRouter's, which multiplies the loss by the number of tokens that it is told."""
+        tokens = options.get("valid_token_count")
+        self.losses = self.losses + loss.detach() * (activation.shape[0] if tokens is None else tokens)
+        return super().attach_and_log_load_balancing_loss(activation, coefficient, loss, *given, **options)
 
 
 class LatentExperts(MoELayer):

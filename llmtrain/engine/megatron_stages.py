@@ -164,6 +164,7 @@ class MegatronStages:
 
     def share_logits(self, found: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The last stage's logits on every rank of the pipeline."""
+        found = [logits.to(dtype) for logits in found]  # megatron-core has made them fp32
         if self.plan is None:
             return found[0]
         logits = found[0].contiguous() if found else torch.empty(shape, dtype=dtype, device=device)

@@ -36,7 +36,6 @@ def config(changes: dict) -> RunConfig:
             r"balance with router\.b",
         ),
         ({"model": {"ffn": MOE | {"capacity": {}}}}, r"model\.ffn\.capacity"),
-        ({"model": {"ffn": MOE}, "guards": {"experts": {"action": "stop"}}}, r"guards\.experts\.action stop"),
         ({"model": {"ffn": MOE | {"router": {"bias_rate": 0.1}}}}, r"router\.bias_rate with score softmax"),
         ({"parallel": {"pp": 2, "schedule": "zero_bubble"}}, r"parallel\.schedule zero_bubble"),
         ({"parallel": {"dp_replicate": 2, "dp_shard": 2}}, r"parallel\.dp_replicate with dp_shard"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import worlds
@@ -11,9 +12,23 @@ if importlib.util.find_spec("deepspeed") is not None:
     worlds.PRELOADED.append("deepspeed")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--parity-page", type=Path, help="write what was measured of rows to this file")
+
+
 def pytest_collection_modifyitems(items):
     missing = importlib.util.find_spec("deepspeed") is None
     skip = pytest.mark.skip(reason="deepspeed is not installed: make test-engines")
     for item in items:
         if missing and item.get_closest_marker("deepspeed"):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    place = config.getoption("--parity-page", default=None)
+    if place is not None:
+        from engine_page import page
+
+        reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ()) if report.when == "call"]
+        place.write_text(page(reports))
+        terminalreporter.write_line(f"{place} written")

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import torch  # noqa: E402
+from commit import commit_name  # noqa: E402
 from parity_rows import FAULTS, NUDGES, ROWS, Row, references  # noqa: E402
 from sameness import FAULTS as BROKEN  # noqa: E402
 from sameness import gradient_difference, loss_difference, norm_difference, routing_difference  # noqa: E402
@@ -50,6 +51,8 @@ batches.
 Float32 proves nothing by itself in the rows of a mixture of experts and of `4 layers`: there one unit of rounding in the initial weights
 moves the loss by about 1e-3 (a token may go to another expert; the model of 4 layers is that sensitive), and a bound of {factor:g} times
 that is too wide. It is float64 that carries these rows.
+
+The engines that are packages of their own, DeepSpeed and megatron-core, have a [page of their own](parity-engines.md).
 
 Rows are packed documents of random lengths, and ranks have different numbers of targets, unless it says one document a row. Micro-batches
 hold 2 rows unless it says otherwise: a pipeline without data parallelism sees 4 of them a step.
@@ -92,7 +95,7 @@ def main() -> int:
     if not rows and not faults:
         parser.error(f"{options.out} has every row" if options.missing else f"no row's name contains {options.only!r}")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of the processes of the worlds
-    started, commit = time.monotonic(), commit_name()
+    started, commit = time.monotonic(), commit_name("tests/parallel")
     runs = run_all(scenarios(rows, faults))
     verdicts = [Verdict.of(row, runs) for row in rows]
     seen = [fault_line(name, row, runs) for name, row in faults.items()]
@@ -291,19 +294,6 @@ def page(verdicts: list[Verdict], faults: list[str], *, commit: str, minutes: fl
         table=table(verdicts),
         faults="\n".join(["| row | what is broken | loss | gradient | norm |", "| --- | --- | --- | --- | --- |", *faults]),
     )
-
-
-def commit_name() -> str:
-    """The commit that is run, and whether the tree differs from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "llmtrain", "kernels", "tests/support", "tests/parallel")
-        return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -191,8 +191,8 @@ def train(
     device: str = "cpu",
     conversations: dict | None = None,
 ) -> dict:
-    """On this world's mesh: losses and norms of gradients of every step, or the first `stop`; gradients (whole, by name) and expert ids by
-    layer of step 1.
+    """On this world's mesh: losses, norms of gradients and metrics of every step, or the first `stop`; and of step 1 gradients (whole, by
+    name), expert ids by layer, and how often each expert was chosen.
 
     permute: the samples of each step in another order. nudged: seed by which one process's initial weights are moved by a unit of rounding.
     device: the kind of this rank's device. conversations: options of such a source, `tokenizer` and `cache`, which are read instead.
@@ -204,7 +204,7 @@ def train(
         nudge_weights(engine, nudged)
     plan, mesh = StepPlan.from_config(cfg), engine.mesh
     data = of_conversations(cfg, **conversations) if conversations else Documents(permuted if permute else None, whole=whole)
-    losses, norms, compiling, found = [], [], [], {}
+    losses, norms, metrics, found = [], [], [], {}
     with FAULTS[fault](engine) if fault else nullcontext():
         for index in range(stop or plan.steps):
             step = plan.step(index)
@@ -212,13 +212,14 @@ def train(
             with Routing(engine) if index == 0 else nullcontext() as routing:
                 result = engine.forward_backward(batches)
             if index == 0:
-                found = first_step(engine, batches) | {"routing": routing.gathered()}
+                choices = None if result.expert_counts is None else result.expert_counts.tolist()
+                found = first_step(engine, batches) | {"routing": routing.gathered(), "choices": choices}
             norms.append(engine.grad_norm())
             engine.apply(lr=step.lr)
             losses.append(result.loss)
-            compiling.append(result.metrics.get("compile_seconds", 0.0))
+            metrics.append(result.metrics)
     mesh.leave()
-    return {"losses": losses, "norms": norms, "compile_seconds": compiling} | found
+    return {"losses": losses, "norms": norms, "metrics": metrics} | found
 
 
 def build_engine(cfg: RunConfig, kind: str = "cpu"):
