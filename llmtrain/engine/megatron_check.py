@@ -28,6 +28,11 @@ def check(cfg: RunConfig, *, shape: MeshShape, device: str) -> None:
         raise UserError("engine megatron: " + "; ".join(problems))
 
 
+def of_model(cfg: RunConfig) -> list[str]:
+    """What of the model, formats and memory options of `cfg` stands in the way, whatever its mesh and recomputation."""
+    return [*_model(cfg), *_rest(cfg.model_copy(update={"train": cfg.train.model_copy(update={"recompute": "none"})}))]
+
+
 def _package() -> Iterator[str]:
     found = installed_version("megatron-core")
     if found is None:
