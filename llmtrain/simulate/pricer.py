@@ -145,21 +145,20 @@ class Pricer:
         size = case.rows * case.model.hidden * 2 / case.tp  # each rank of tp sends its part, whether or not that is all it has
         return seconds(self.machine, group(case, "pp"), "send", size)
 
-    def reduction(self, held: Held) -> float:
-        """Gradients to their owners and parameters back, once a step."""
-        case = self.case
+    def reduction(self, held: Held) -> tuple[float, float]:
+        """Gradients to their owners, and parameters back, once a step."""
+        case, size, habits = self.case, self.case.habits.gradient_bytes, self.case.habits
         if case.shard == "zero3" and case.pp == 1:
-            return 0.0
-        size, habits = case.habits.gradient_bytes, case.habits
+            return 0.0, 0.0
         if case.shard == "none" or habits.reduces_whole:
             pieces = math.ceil(held.all * size / habits.bucket_bytes) if habits.bucket_bytes else 1
             reduced = pieces * self._traffic("all_reduce", Held(held.dense / pieces, held.experts / pieces), size)
             if case.shard == "none":
-                return reduced
+                return reduced, 0.0
             copies = self.machine.launch * TENSORS * sum(case.split) / case.pp * group(case, "fsdp").ranks
-            return reduced + self._traffic("all_gather", held, 2) + copies
+            return reduced, self._traffic("all_gather", held, 2) + copies
         times = case.micros if habits.reduces_each and case.shard == "zero2" else 1
-        return times * self._traffic("reduce_scatter", held, size) + self._traffic("all_gather", held, habits.weight_bytes or 2)
+        return times * self._traffic("reduce_scatter", held, size), self._traffic("all_gather", held, habits.weight_bytes or 2)
 
     def update(self, held: Held) -> float:
         """The optimizer's own time."""

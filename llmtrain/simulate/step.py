@@ -65,8 +65,14 @@ def _outside(pricer: Pricer, stages: tuple[Times, ...]) -> tuple[float, float]:
         held, own = rank_held(case, rank), stages_of(case, rank)
         # Of the stages that a rank holds, all but one are done before the last round of micro-batches is, and start after it has begun.
         rounds = 1 + (min(case.micros, case.pp) - 1) * (1 - 1 / case.virtual)
-        sending, window = pricer.reduction(held), rounds * sum(stages[s].both for s in own)
-        if case.habits.dp_hidden:
-            sending = max(sending * (1 - pricer.dp_hidden), sending - window)
-        worst = max(worst, (sending, pricer.update(held)), key=sum)
+        reduce, gather = pricer.reduction(held)
+        if case.habits.dp_hidden:  # gradients beside the backward pass, parameters beside the next forward pass
+            reduce = _shown(reduce, rounds * sum(stages[s].backward for s in own), pricer.dp_hidden)
+            gather = _shown(gather, rounds * sum(stages[s].forward for s in own), pricer.dp_hidden)
+        worst = max(worst, (reduce + gather, pricer.update(held)), key=sum)
     return worst
+
+
+def _shown(sending: float, window: float, hidden: float) -> float:
+    """What of `sending` is not beside computing."""
+    return max(sending * (1 - hidden), sending - window)
