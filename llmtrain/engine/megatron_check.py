@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from llmtrain.config.run import RunConfig
+from llmtrain.config.train import ParallelConfig
 from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
@@ -30,7 +31,8 @@ def check(cfg: RunConfig, *, shape: MeshShape, device: str) -> None:
 
 def of_model(cfg: RunConfig) -> list[str]:
     """What of the model, formats and memory options of `cfg` stands in the way, whatever its mesh and recomputation."""
-    return [*_model(cfg), *_rest(cfg.model_copy(update={"train": cfg.train.model_copy(update={"recompute": "none"})}))]
+    plain = {"parallel": ParallelConfig(), "train": cfg.train.model_copy(update={"recompute": "none"})}
+    return [problem for part in (_model, _rest) for problem in part(cfg.model_copy(update=plain))]
 
 
 def _package() -> Iterator[str]:

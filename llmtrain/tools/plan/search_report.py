@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmtrain.config.load import load, to_yaml
 from llmtrain.config.run import RunConfig
-from llmtrain.engine import megatron_check
+from llmtrain.engine import deepspeed_config, megatron_check
 from llmtrain.engine.support import SUPPORT, refusal
 from llmtrain.errors import UserError
 from llmtrain.hardware import Hardware
@@ -51,6 +51,7 @@ def engines(cfg: RunConfig, hardware: Hardware, wanted: str | None) -> tuple[str
     device = "npu" if hardware.vendor == "Huawei" else "cuda" if hardware.vendor == "NVIDIA" else "cpu"
     reasons = {name: [refusal(name, device)] if refusal(name, device) else [] for name in SUPPORT}
     reasons["megatron"] += megatron_check.of_model(cfg)
+    reasons["deepspeed"] += [found] if (found := deepspeed_config.of_run(cfg, device=device)) else []
     if wanted is None:
         return tuple(name for name, why in reasons.items() if not why)
     for name in wanted.split(","):
