@@ -2,8 +2,10 @@
 
     .venv/bin/python bench/plan.py                     # calibrates for 1, 2 and 4 ranks, then the runs: bench/results/plan-cpu.md
     .venv/bin/python bench/plan.py --only tp2,pp2 --steps 4 --repeats 1 --out /tmp/try.md
+    .venv/bin/python bench/plan.py --measured bench/results/plan-cpu.md   # calibrates and predicts anew beside what a page has measured
 
-Calibration measures products of 1,024 x 768 x 768, gates, attention and gloo; the runs have other shapes. bench/README.md says more.
+Calibration measures products of 1,024 x 768 x 768, element-wise operators, attention and gloo, and the memory of a run of next to no model;
+the runs have other shapes. bench/README.md says more.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from statistics import fmean, median
 
 from llmtrain.config.run import RunConfig
 from llmtrain.hardware import load
+from llmtrain.simulate.case import Case
 from llmtrain.simulate.events import replay
 from llmtrain.simulate.memory import peak
 from llmtrain.simulate.of_config import case_of
@@ -35,6 +38,8 @@ DENSE = {
     "max_seq_len": 512,
 }
 MIXTURE = {**DENSE, "layers": 4, "hidden": 384, "attention": {"heads": 6}, "ffn": {"kind": "moe", "experts": 8, "top_k": 2, "hidden": 512}}
+NOTHING = {**DENSE, "layers": 1, "hidden": 64, "attention": {"heads": 1}, "ffn": {"hidden": 128}}
+"""Of the run whose memory is that of processes that train."""
 TRAIN = {"seq_len": 512, "global_batch": 8, "micro_batch": 2, "compile": "off"}
 
 
@@ -83,9 +88,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         corpus(folder)
-        empty = bare()
         machines = {ranks: calibrated(folder, ranks) for ranks in sorted({run.ranks for run in chosen})}
-        rows = [row(run, folder, machines[run.ranks], options, empty) for run in chosen]
+        empty = {ranks: bare(folder, ranks, machine) for ranks, machine in machines.items()}
+        known = measured_before(Path(options.measured)) if options.measured else {}
+        rows = [row(run, folder, machines[run.ranks], options, empty[run.ranks], known.get(run.name)) for run in chosen]
     Path(options.out).write_text(page(rows, options, empty))
     print(Path(options.out).read_text())
 
@@ -96,6 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", help=f"of {','.join(run.name for run in RUNS)}")
     parser.add_argument("--steps", type=int, default=12, help="steps of a run (12), of which the first two are not timed")
     parser.add_argument("--repeats", type=int, default=2, help="times that each run is made (2)")
+    parser.add_argument("--measured", metavar="PAGE", help="a page of this bench: its measured columns are taken, and predicted anew")
     parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "plan-cpu.md"))
     return parser.parse_args()
 
@@ -118,10 +125,28 @@ def corpus(folder: Path) -> None:
     llmtrain("data", "tokenize", "--input", f"{folder}/text.txt", *rest)
 
 
-def bare() -> float:
-    """Bytes of a process that has imported what a run does, and holds nothing."""
-    code = "import psutil, torch, torch.distributed, llmtrain.stages.session; print(psutil.Process().memory_info().rss)"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def bare(folder: Path, ranks: int, machine: Path) -> float:
+    """Bytes of a process of so many that train next to nothing, beside what the planner says of that."""
+    run = Run(f"nothing-{ranks}", ranks, {"dp_shard": ranks} if ranks > 1 else {}, NOTHING, {"seq_len": 64, "micro_batch": 1})
+    place = folder / "nothing"
+    place.mkdir(exist_ok=True)
+    return measure(run, place, folder, 3)[1] - peak(case(run, folder, 3, machine))
+
+
+def case(run: Run, folder: Path, steps: int, machine: Path) -> Case:
+    """What the planner is asked of a run."""
+    cfg = RunConfig.load({key: value for key, value in run.config(folder, steps).items() if key != "tokenizer"})
+    return case_of(cfg, load(str(machine)), run.ranks)
+
+
+def measured_before(page: Path) -> dict[str, tuple[float, float, float]]:
+    """Seconds, spread and bytes of every run of a page of this bench."""
+    rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in page.read_text().splitlines() if line.startswith("| ")]
+    return {cells[0]: (_number(cells[2]), _number(cells[3]) / 100, _number(cells[6]) * 2**20) for cells in rows[1:]}
+
+
+def _number(cell: str) -> float:
+    return float(cell.split()[0].rstrip("%"))
 
 
 def calibrated(folder: Path, ranks: int) -> Path:
@@ -152,14 +177,17 @@ class Row:
         return max(self.seconds) / min(self.seconds) - 1
 
 
-def row(run: Run, folder: Path, machine: Path, options: argparse.Namespace, empty: float) -> Row:
-    """Make one run as often as asked, and predict it."""
+def row(run: Run, folder: Path, machine: Path, options: argparse.Namespace, empty: float, known: tuple[float, float, float] | None) -> Row:
+    """Make one run as often as asked, if it is not `known`, and predict it."""
     print(f"{run.name} ...", flush=True)
-    found = [measure(run, folder / str(repeat), folder, options.steps) for repeat in range(options.repeats)]
-    cfg = RunConfig.load({key: value for key, value in run.config(folder, options.steps).items() if key != "tokenizer"})
-    case = case_of(cfg, load(str(machine)), run.ranks)
-    seconds = replay(case, fitted()).step.seconds
-    return Row(run, tuple(time for time, _ in found), max(size for _, size in found), seconds, peak(case) + empty)
+    if known:
+        seconds, spread, held = known
+        times = (2 * seconds * (1 + spread) / (2 + spread), 2 * seconds / (2 + spread))  # two of this mean and spread
+    else:
+        found = [measure(run, folder / str(repeat), folder, options.steps) for repeat in range(options.repeats)]
+        times, held = tuple(time for time, _ in found), max(size for _, size in found)
+    asked = case(run, folder, options.steps, machine)
+    return Row(run, times, held, replay(asked, fitted()).step.seconds, peak(asked) + empty)
 
 
 def measure(run: Run, place: Path, folder: Path, steps: int) -> tuple[float, float]:
@@ -170,20 +198,26 @@ def measure(run: Run, place: Path, folder: Path, steps: int) -> tuple[float, flo
     file.write_text(json.dumps(values))
     llmtrain("train", "-c", str(file))
     lines = [json.loads(line) for line in (place / run.name / "metrics.jsonl").read_text().splitlines()]
-    train = [line for line in lines if "tokens_per_second" in line][2:]
+    train = [line for line in lines if "tokens_per_second" in line][min(2, steps - 1) :]
     tokens = values["train"]["seq_len"] * values["train"]["global_batch"]
     return tokens / median(line["tokens_per_second"] for line in train), max(line["memory_gb"] for line in train) * 2**30
 
 
-def page(rows: list[Row], options: argparse.Namespace, empty: float) -> str:
+def page(rows: list[Row], options: argparse.Namespace, empty: dict[int, float]) -> str:
     """The result."""
     pairs = [(a, b) for a, b in combinations(rows, 2)]
     right = sum((a.measured < b.measured) == (a.predicted < b.predicted) for a, b in pairs)
-    how = f"`{' '.join(['bench/plan.py', *sys.argv[1:]])}`, {os.cpu_count()} cores; {options.repeats} repeats of {options.steps} steps"
+    how = f"`{' '.join(['bench/plan.py', *sys.argv[1:]])}`, {os.cpu_count()} cores"
+    how += (
+        f"; runs measured by an earlier call, {options.measured}"
+        if options.measured
+        else f"; {options.repeats} repeats of {options.steps} steps"
+    )
+    processes = ", ".join(f"{size / 2**20:.0f} MiB with {ranks}" for ranks, size in empty.items())
     lines = [
         "# Predicted and measured on a CPU",
         "",
-        f"{how}; a process that holds nothing takes {empty / 2**20:.0f} MiB, which is predicted too.",
+        f"{how}. A process that trains next to nothing takes {processes}, which is predicted too.",
     ]
     lines += ["", "| run | ranks | step | spread of repeats | predicted | error | memory | predicted | error |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]

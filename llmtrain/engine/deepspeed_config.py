@@ -4,7 +4,9 @@ import importlib.metadata as metadata
 import importlib.util
 from typing import Any
 
+from llmtrain.config.deepspeed import DeepSpeedEngineConfig
 from llmtrain.config.run import RunConfig
+from llmtrain.config.train import ParallelConfig
 from llmtrain.errors import UserError
 from llmtrain.layout.balance import Groups
 from llmtrain.layout.mesh import MeshShape
@@ -23,6 +25,13 @@ def check(cfg: RunConfig, *, shape: MeshShape, device: str) -> None:
     problems = (problem(cfg, shape, device) for problem in (_mesh, _precision, _memory, _batches, _package))
     if found := next(filter(None, problems), None):
         raise UserError(f"engine deepspeed: {found}")
+
+
+def of_run(cfg: RunConfig, *, device: str) -> str | None:
+    """What of the formats and memory options of `cfg` stands in the way, whatever its mesh and engine."""
+    own = cfg.model_copy(update={"engine": DeepSpeedEngineConfig()})
+    shape = MeshShape.from_config(ParallelConfig(), world=1)
+    return _precision(own, shape, device) or _memory(own, shape, device)
 
 
 def _package(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from llmtrain.config.run import RunConfig
+from llmtrain.config.train import ParallelConfig
 from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
@@ -26,6 +27,12 @@ def check(cfg: RunConfig, *, shape: MeshShape, device: str) -> None:
     """
     if problems := [*_package(), *_model(cfg), *_mesh(cfg), *_rest(cfg)]:
         raise UserError("engine megatron: " + "; ".join(problems))
+
+
+def of_model(cfg: RunConfig) -> list[str]:
+    """What of the model, formats and memory options of `cfg` stands in the way, whatever its mesh and recomputation."""
+    plain = {"parallel": ParallelConfig(), "train": cfg.train.model_copy(update={"recompute": "none"})}
+    return [problem for part in (_model, _rest) for problem in part(cfg.model_copy(update=plain))]
 
 
 def _package() -> Iterator[str]:

@@ -29,6 +29,17 @@ class Link(Quantity):
     """A connection of one device: `value` in bytes/s in one direction, all lanes of the device together."""
 
     name: str
+    mesh: bool = False
+    """Whether each pair of devices has lanes of its own, so that a group of few uses few of them; else a switch joins all."""
+
+
+class Collective(Quantity):
+    """One kind of collective as measured over so many ranks: `value` in bytes/s of what a rank sends (`layout.traffic.sent`)."""
+
+    kind: str
+    ranks: PositiveInt
+    latency: PositiveFloat
+    """Seconds beside what the bytes take."""
 
 
 class Rates(_Frozen):
@@ -44,6 +55,10 @@ class Rates(_Frozen):
     """Rate of its backward pass over that of the forward pass."""
     memory: Quantity | None = None
     """Share of the memory bandwidth that element-wise operations reach."""
+    grouped: Quantity | None = None
+    """Rate of the products of experts over that of other products."""
+    collectives: list[Collective] = []
+    """Each kind of collective by itself; where there are any, `links` and `latency` are not asked."""
     launch: Quantity | None = None
     """Seconds of the host's time for an operation."""
     latency: Quantity | None = None
@@ -67,6 +82,9 @@ class Hardware(_Frozen):
     """`node`: to the other devices of the node; `network`: out of it."""
     devices_per_node: PositiveInt = 8
     """Devices that the link `node` joins."""
+    cores: PositiveFloat | None = None
+    """Processor cores that the ranks of a node share, where the devices are ranks on a processor. Then nothing hides beside computing, for
+    collectives are work of the same cores, and a rank that waits leaves its cores to the others."""
     rates: Rates = Rates()
     """Measured shares of the figures above."""
     notes: str = ""

@@ -86,7 +86,7 @@ def _latent(work: Work, model: ModelConfig, case: Case, *, heads: float) -> None
 def _scores(work: Work, model: ModelConfig, case: Case, *, heads: float) -> None:
     """Scores, softmax and their product with the values."""
     rows, e = case.rows, case.width
-    width, keys = model.head_dim + model.value_head_dim, mean_keys(model, case.seq_len)
+    width, keys = model.head_dim + case.value_width(model), mean_keys(model, case.seq_len)
     if case.habits.flash:
         flops = attention_flops(rows=rows, keys=keys, heads=heads, width=width)
         moved = e * rows * heads * width * 2

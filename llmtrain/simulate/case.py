@@ -1,6 +1,6 @@
 """What is priced: a model, a mesh and a step on a machine, whichever framework runs it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from llmtrain.config.model import ModelConfig
@@ -8,61 +8,11 @@ from llmtrain.errors import UserError
 from llmtrain.hardware import Hardware
 from llmtrain.layout.schedule import placement_of, resolve
 from llmtrain.layout.schedule_actions import stage_rank
+from llmtrain.simulate.habits import Habits
 
 FP8, FP4 = "float8_e4m3fn", "float4_e2m1fn_x2"
 LOW = (FP8, FP4)
 """Formats of products alone; everything else is in 16 bits."""
-
-
-@dataclass(frozen=True)
-class Habits:
-    """How a framework computes what it is asked for: few values, the same for every run of it."""
-
-    name: str = "llmtrain"
-    fused: bool = True
-    """Norms, activations, RoPE and residuals as one kernel each; else several passes (eager PyTorch)."""
-    flash: bool = True
-    """Attention without the score matrix in memory."""
-    older_attention: bool = False
-    """FlashAttention 2 rather than kernels written for the GPU's generation."""
-    dropout: bool = False
-    """Dropout after attention and feed-forward branch, and on the scores where they exist."""
-    tp_hidden: bool = False
-    """Sends of tensor parallelism go beside the products (MC2, TE userbuffers, async TP)."""
-    dp_hidden: bool = True
-    """Gradients are reduced beside the backward pass."""
-    sends_once: bool = False
-    """Dispatch sends a token to each node once, however many of its experts are there (DeepEP, HybridEP)."""
-    gathers_rows: bool = False
-    """Where tp shares an expert: rows are sent to their experts first and then gathered over tp; else tokens are gathered and then sent."""
-    ep_hidden: bool = False
-    """Dispatch and combine go beside other work."""
-    half_products: bool = False
-    """`selective` computes every second product again (torchtitan), not the attention's inside (Megatron)."""
-    gradient_bytes: int = 4
-    """Of a gradient as it is accumulated and sent."""
-    second_gradient: int = 0
-    """Bytes of a gradient in the format of the products beside the one that is accumulated."""
-    reuses_master: bool = False
-    """The 16-bit weight lies in the memory of its fp32 master (MindSpeed's reuse-fp32-param)."""
-    keeps_gathered: bool = False
-    """What sequence parallelism has gathered for a product stays for its backward pass."""
-    copies: bool = False
-    """Activations are kept by unfused operators: both factors of the gate, copies around attention, sums of the residual stream."""
-    logit_bytes: int = 10
-    """Bytes per logit at the peak of the loss."""
-    reserved: bool = False
-    """Peak memory is what the allocator has reserved, not what tensors take."""
-    even_layers: bool = False
-    """Every pipeline stage has as many blocks, whatever embedding and head cost."""
-    weight_bytes: int = 2
-    """Of a parameter beside its fp32 master; 0 where there is the master alone (FSDP)."""
-    tp_ranks_share_input: bool = True
-    """Sequence parallelism: what lies between the branches is split over tp too."""
-    reduces_once: bool = False
-    """Gradients of several micro-batches are added up whole and reduced after the last."""
-    chunked_loss: bool = False
-    """The logits of a few tokens exist at once, not those of the micro-batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +21,7 @@ class Case:
 
     model: ModelConfig
     hardware: Hardware
-    habits: Habits = Habits()
+    habits: Habits = field(default_factory=Habits)
     seq_len: int = 4096
     micro_batch: int = 1
     micros: int = 1
@@ -92,8 +42,10 @@ class Case:
     """`none`, `zero1` (optimizer), `zero2` (gradients too) or `zero3` (parameters too)."""
     reshard: bool = True
     """zero3: parameters are gathered again for the backward pass."""
+    recomputed: float = 1.0
+    """Share of the blocks that `full` in `recompute` covers."""
     recompute: frozenset[str] = frozenset()
-    """Of full, attention, half_products, activation, norms, mla_up, permute, selective."""
+    """Of full, attention, half_products, activation, norms, mla_up, permute, experts, moe, selective."""
     dtype: str = "bfloat16"
     """Format of the products."""
     parameter_bytes: int = 4
@@ -159,7 +111,17 @@ class Case:
     def part(self) -> tuple:
         """What the work of a block, of embedding and head depends on, for one model, machine and framework."""
         mesh = (self.tp, self.cp, self.ep, self.etp, self.hierarchical, self.cp_kind, self.overlap_micro_batches)
-        return (*mesh, self.seq_len, self.micro_batch, self.recompute, self.dtype, self.imbalance, self.offload, self.habits)
+        return (
+            *mesh,
+            self.seq_len,
+            self.micro_batch,
+            self.recompute,
+            self.recomputed,
+            self.dtype,
+            self.imbalance,
+            self.offload,
+            self.habits,
+        )
 
     @property
     def wide(self) -> str:
@@ -178,6 +140,10 @@ class Case:
     def width(self) -> int:
         """Bytes of an activation."""
         return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    def value_width(self, model: ModelConfig) -> int:
+        """Of a head's values, as its attention kernel takes them."""
+        return model.head_dim if self.habits.pads_values and model.attention.kind == "mla" else model.value_head_dim
 
     @property
     def nodes(self) -> int:

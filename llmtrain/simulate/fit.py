@@ -37,7 +37,8 @@ def decode(vector: np.ndarray) -> Rates:
 
 def chosen(row: Published, rates: Rates) -> Case:
     """The case of a row; of what the row leaves open, what gives most tokens a second."""
-    return row.cases[0] if len(row.cases) == 1 else min(row.cases, key=lambda case: price(case, rates).seconds / case.tokens)
+    known: dict = {}
+    return row.cases[0] if len(row.cases) == 1 else min(row.cases, key=lambda case: price(case, rates, known).seconds / case.tokens)
 
 
 def fit(rows: Sequence[Published], *, start: Rates | None = None, rounds: int = 20) -> Rates:

@@ -54,11 +54,25 @@ def stage_held(case: Case, stage: int) -> Held:
     table = case.model.vocab_size * case.model.hidden / case.tp
     last = stage == case.stages - 1
     tables = (stage == 0) + (last and not (case.model.tie_embeddings and case.stages == 1))
+    apart = case.rank_of(0) != case.rank_of(case.stages - 1)
     if last and case.model.mtp.heads:
         head = block_held(case, dense=False).plus(Held(2 * case.model.hidden**2))
         found = found.plus(head, case.model.mtp.heads)
-        tables += case.stages > 1 and not case.model.tie_embeddings
+        tables += apart and not case.model.tie_embeddings
     return found.plus(Held(table), tables)
+
+
+def largest_tensors(case: Case, rank: int) -> Held:
+    """Elements of the largest parameter of the pipeline's rank: a table or a dense branch's gates, and the gates of all its experts, which
+    lie together."""
+    model, own = case.model, stages_of(case, rank)
+    gates = 2 if model.ffn.activation == "swiglu" else 1
+    wide = model.of_block(0).ffn.hidden if model.ffn.kind != "moe" or model.ffn.dense_layers else model.ffn.shared_hidden
+    dense = gates * wide * model.hidden / case.tp
+    if 0 in own or case.stages - 1 in own:
+        dense = max(dense, model.vocab_size * model.hidden / case.tp)
+    experts = gates * model.ffn.hidden * model.hidden * model.ffn.experts / (case.ep * case.etp) if model.ffn.kind == "moe" else 0.0
+    return Held(dense, experts)
 
 
 _RANKS: dict[tuple, tuple[ModelConfig, Held]] = {}

@@ -7,7 +7,8 @@ from llmtrain.hardware import Hardware
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.layout.pipeline import PipelinePlan
 from llmtrain.layout.steps import Segment, StepPlan
-from llmtrain.simulate.case import Case, Habits
+from llmtrain.simulate.case import Case
+from llmtrain.simulate.engines import ZERO, habits_of
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
@@ -24,7 +25,7 @@ def case_of(cfg: RunConfig, hardware: Hardware, devices: int) -> Case:
     case = Case(
         model=cfg.model,
         hardware=hardware,
-        habits=habits(cfg, hardware, pipeline=shape.pp > 1),
+        habits=habits_of(cfg, hardware, pipeline=shape.pp > 1),
         seq_len=phase.seq_len,
         micro_batch=phase.micro_batch,
         micros=segment.batch // (shape.dp * phase.micro_batch),
@@ -35,16 +36,16 @@ def case_of(cfg: RunConfig, hardware: Hardware, devices: int) -> Case:
         ep=shape.ep,
         etp=shape.etp,
         dp=shape.dp,
-        replicas=shape.dp_replicate,
+        replicas=shape.dp_replicate if cfg.engine.kind == "native" else 1,
         schedule=pipeline.kind if pipeline else "auto",
         layers=pipeline.layers if pipeline else None,
-        shard="zero3" if shape.shares_parameters else "none",
+        shard=_shard(cfg, shape),
         reshard=parallel.reshard_after_forward,
         recompute=_recompute(cfg),
         dtype=DTYPES[cfg.precision.compute],
         parameter_bytes=BYTES[cfg.precision.params],
         imbalance=1.0 if cfg.model.ffn.kind == "moe" and cfg.model.ffn.router.force_balance else None,
-        offload=frozenset(cfg.train.offload) | ({"optimizer"} if cfg.optim.offload else frozenset()),
+        offload=frozenset(cfg.train.offload) | ({"optimizer"} if _optimizer_away(cfg) else frozenset()),
         hierarchical=shape.ep_inner or 1,
         overlap_micro_batches=parallel.overlap_micro_batches,
         cp_kind=parallel.cp_kind,
@@ -53,27 +54,24 @@ def case_of(cfg: RunConfig, hardware: Hardware, devices: int) -> Case:
     return case
 
 
-def habits(cfg: RunConfig, hardware: Hardware, *, pipeline: bool) -> Habits:
-    """How this framework computes: FSDP over fp32 masters, a loss in pieces, gradients reduced once a step."""
-    parallel = cfg.parallel
-    joined = parallel.tp_kind in ("mc2", "symm_mem") or (parallel.tp_kind == "auto" and hardware.vendor == "Huawei")
-    return Habits(
-        tp_hidden=joined or parallel.tp_chunks > 1,
-        dp_hidden=not pipeline,
-        ep_hidden=parallel.ep_kind == "fused",
-        gradient_bytes=BYTES[cfg.precision.reduce],
-        weight_bytes=0,
-        chunked_loss=True,
-        reduces_once=True,
-    )
-
-
 def longest(cfg: RunConfig) -> Segment:
     """The steps of one batch size and sequence length in which most tokens pass."""
     train = cfg.train
     if not (train.steps or train.tokens or train.phases):
         cfg = cfg.model_copy(update={"train": train.model_copy(update={"epochs": None, "steps": 1})})
     return max(StepPlan.from_config(cfg).segments, key=lambda one: one.steps * one.batch * one.phase.seq_len)
+
+
+def _shard(cfg: RunConfig, shape: MeshShape) -> str:
+    if cfg.engine.kind == "deepspeed":
+        return ZERO[cfg.engine.zero if shape.dp > 1 else 0]
+    if cfg.engine.kind == "megatron":
+        return "zero1" if shape.dp // shape.dp_replicate > 1 else "none"
+    return "zero3" if shape.shares_parameters else "none"
+
+
+def _optimizer_away(cfg: RunConfig) -> bool:
+    return cfg.optim.offload or getattr(cfg.engine, "offload_optimizer", "none") != "none"
 
 
 def _check_batch(segment: Segment, dp: int) -> None:

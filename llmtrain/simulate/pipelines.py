@@ -32,6 +32,13 @@ def _listed(kind: str, p: int, v: int, n: int, profile: tuple[tuple[float, float
     return finished(schedule, [Times(*one) for one in profile], transfer)
 
 
+def _round_trip(loads: list[float], transfer: float) -> float:
+    """What the sends of 1F1B leave at least for each micro-batch: from stage i on there are as many of them as stages, and each goes to the
+    last stage and back before the one after all of these starts."""
+    p = len(loads)
+    return max((sum(loads[i:]) + 2 * (p - 1 - i) * transfer) / (p - i) for i in range(p))
+
+
 def pipeline_seconds(case: Case, stages: tuple[Times, ...], ranks: list[tuple[int, ...]], transfer: float) -> float:
     """From the first forward to the last backward, by the shape of each schedule.
 
@@ -46,7 +53,7 @@ def pipeline_seconds(case: Case, stages: tuple[Times, ...], ranks: list[tuple[in
     if case.kind == "gpipe":
         return n * worst + (p - 1) * sum(loads) / p + sends
     if case.kind == "1f1b":
-        return (n - 1) * (worst + 2 * transfer) + sum(loads) + sends
+        return (n - 1) * max(worst, _round_trip(loads, transfer)) + sum(loads) + sends
     if case.kind == "interleaved" and n >= 3 * p:
         if not _uneven(stages):
             return (n - 1) * worst + sum(loads) / v + worst * (1 - 1 / v) + sends

@@ -1,5 +1,6 @@
 """Seconds of the parts of one case: blocks and stages, sends between them, gradient reduction, the update."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -11,6 +12,8 @@ from llmtrain.simulate.links import group, seconds
 from llmtrain.simulate.rates import Machine, Rates, machine
 from llmtrain.simulate.work import GROUPED, Item, Send, Work
 
+TENSORS = 6
+"""Parameters of a block: two norms, and products in and out of attention and feed-forward branch."""
 OPTIMIZER_BYTES = 34
 """Of an element in an update: gradient read twice (norm, update), master and both moments read and written, 16-bit weight written."""
 
@@ -29,7 +32,11 @@ class Pricer:
             "cp": rates.cp_hidden if case.cp_kind == "ring" else 0.0,
             "ep": rates.ep_hidden if hides else 0.0,
         }
-        self.busiest = rates.imbalance if case.imbalance is None else case.imbalance
+        self.dp_hidden = rates.dp_hidden if case.habits.dp_hidden else 0.0
+        if self.machine.shared:
+            self.hidden, self.dp_hidden = {}, 0.0
+        # A rank that has all experts has all tokens, however they are spread.
+        self.busiest = 1.0 if case.ep == 1 else rates.imbalance if case.imbalance is None else case.imbalance
 
     def work(self, work: Work) -> Times:
         """Of one piece of work."""
@@ -49,8 +56,8 @@ class Pricer:
             launches += item.launches
             spent += one
             parts[label or item.kind] += one
-        waits = launches * found.launch * (1 if self.case.habits.fused else 1.6) - spent
-        if waits > 0:
+        waits = launches * found.launch * (1 if self.case.habits.fused else 1.6) - (0.0 if found.shared else spent)
+        if waits > 0:  # a processor that computes starts the next operator when it is done with this one
             parts["host"] += waits
             spent += waits
         return spent
@@ -59,7 +66,9 @@ class Pricer:
         spent = 0.0
         for send in sends:
             where = group(self.case, send.axis)
-            one = seconds(self.machine, where, send.kind, send.size, copies=self.copies) * (1 - self.hidden.get(send.hides, 0.0))
+            around = send.axis == "cp" and self.case.cp_kind == "ring"
+            one = seconds(self.machine, where, send.kind, send.size, copies=self.copies, around=around)
+            one *= 1 - self.hidden.get(send.hides, 0.0)
             if send.axis.startswith("ep"):
                 one *= self.busiest
             parts[label or f"{send.axis.split('_')[0]} sends"] += one
@@ -82,11 +91,14 @@ class Pricer:
 
     def _gathers(self, times: Times, held: Held) -> None:
         """FSDP: parameters come before each pass and gradients go after the backward pass, beside the computation."""
-        gather, reduce = self._traffic("all_gather", held, 2), self._traffic("reduce_scatter", held, self.case.habits.gradient_bytes)
-        share = self.rates.dp_hidden if self.case.habits.dp_hidden else 0.0
+        width, summed = self.case.width, self.case.habits.gradient_bytes
+        gather, reduce = self._traffic("all_gather", held, width), self._traffic("reduce_scatter", held, summed)
+        if self.machine.shared:  # what is gathered and reduced is copied into place by the cores that compute
+            gather, reduce = (one + 2 * held.all * size * self.machine.byte for one, size in ((gather, width), (reduce, summed)))
+        share = self.dp_hidden
         forward = _beside(times.forward, gather, share)
         again = gather if self.case.reshard else 0.0
-        backward = _beside(times.backward, again + reduce / self.case.micros, share)
+        backward = _beside(times.backward, again + reduce / (1 if self.case.habits.reduces_each else self.case.micros), share)
         times.parts["dp sends"] += forward - times.forward + backward - times.backward
         times.inputs += backward - times.backward
         times.forward = forward
@@ -133,15 +145,20 @@ class Pricer:
         size = case.rows * case.model.hidden * 2 / case.tp  # each rank of tp sends its part, whether or not that is all it has
         return seconds(self.machine, group(case, "pp"), "send", size)
 
-    def reduction(self, held: Held) -> float:
-        """Gradients to their owners and parameters back, once a step."""
-        case = self.case
+    def reduction(self, held: Held) -> tuple[float, float]:
+        """Gradients to their owners, and parameters back, once a step."""
+        case, size, habits = self.case, self.case.habits.gradient_bytes, self.case.habits
         if case.shard == "zero3" and case.pp == 1:
-            return 0.0
-        size = case.habits.gradient_bytes
-        if case.shard == "none":
-            return self._traffic("all_reduce", held, size)
-        return self._traffic("reduce_scatter", held, size) + self._traffic("all_gather", held, case.habits.weight_bytes or 2)
+            return 0.0, 0.0
+        if case.shard == "none" or habits.reduces_whole:
+            pieces = math.ceil(held.all * size / habits.bucket_bytes) if habits.bucket_bytes else 1
+            reduced = pieces * self._traffic("all_reduce", Held(held.dense / pieces, held.experts / pieces), size)
+            if case.shard == "none":
+                return reduced, 0.0
+            copies = self.machine.launch * TENSORS * sum(case.split) / case.pp * group(case, "fsdp").ranks
+            return reduced, self._traffic("all_gather", held, 2) + copies
+        times = case.micros if habits.reduces_each and case.shard == "zero2" else 1
+        return times * self._traffic("reduce_scatter", held, size), self._traffic("all_gather", held, habits.weight_bytes or 2)
 
     def update(self, held: Held) -> float:
         """The optimizer's own time."""
@@ -149,6 +166,7 @@ class Pricer:
         sharded = case.shard != "none"
         owned = held.dense / (group(case, "fsdp").ranks if sharded else 1) + held.experts / (group(case, "efsdp").ranks if sharded else 1)
         moved = 4 * case.parameter_bytes * owned / self.rates.host_link if "optimizer" in case.offload else 0.0
+        moved += self.machine.launch * case.habits.tensor_launches * TENSORS * sum(case.split) / case.pp
         return moved + (owned * OPTIMIZER_BYTES + held.all * 2 * case.habits.gradient_bytes) * self.machine.byte
 
 

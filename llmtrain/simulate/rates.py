@@ -1,7 +1,6 @@
 """How fast a machine does what `work` lists: a few numbers, the same for every run, and the time of an operator with them."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -107,10 +106,16 @@ class Machine:
     launch: float
     eager: float
     node_byte: float
+    lanes: int
+    """Devices of the node to which a device has lanes of its own; 0 where a switch joins them."""
     network_byte: float
     contention: float
     exchange: float
     latency: float
+    collectives: dict[tuple[str, int], tuple[float, float]]
+    """Seconds per byte and per call of a kind of collective over so many ranks, where they were measured."""
+    shared: float
+    """Ranks to each processor core that computes for them; 0 for devices of their own."""
 
     def time(self, item: Item) -> float:
         """Seconds of the device for `item`."""
@@ -122,14 +127,6 @@ class Machine:
         if item.kind == GROUPED:
             rate *= self.grouped
         return item.flops * rate + item.bytes * self.product_byte + self.tail
-
-    def total(self, items: Iterable[Item]) -> float:
-        """Seconds of the device for all of them, or of the host where that is longer."""
-        launches, seconds = 0, 0.0
-        for item in items:
-            launches += item.launches
-            seconds += self.time(item)
-        return max(seconds, launches * self.launch)
 
 
 def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older: bool = False) -> Machine:
@@ -156,7 +153,7 @@ def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older:
     return Machine(
         product=1 / product,
         low=1 / low,
-        grouped=1 / _of(rates, "grouped", kind),
+        grouped=1 / (own.grouped.value if own.grouped else 1.0 if measured else _of(rates, "grouped", kind)),
         attention=1 / attention,
         attention_back=1 / (attention * back),
         byte=byte,
@@ -165,10 +162,13 @@ def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older:
         launch=own.launch.value if own.launch else _of(rates, "launch", kind),
         eager=1.0 if fused else rates.eager,
         node_byte=1 / (node * (1.0 if measured else _of(rates, "node", kind))),
+        lanes=hardware.devices_per_node - 1 if hardware.links["node"].mesh else 0,
         network_byte=1 / (network * (1.0 if measured else rates.network)),
         contention=_of(rates, "contention", kind),
         exchange=1 / rates.exchange,
         latency=own.latency.value if own.latency else rates.latency,
+        collectives={(one.kind, one.ranks): (1 / one.value, one.latency) for one in own.collectives},
+        shared=hardware.devices_per_node / hardware.cores if hardware.cores else 0.0,
     )
 
 

@@ -7,8 +7,9 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters
 from llmtrain.errors import UserError
 from llmtrain.hardware import Hardware, load
-from llmtrain.simulate.case import FP4, FP8, Case, Habits
-from llmtrain.simulate.frameworks import habits_of, recompute_of
+from llmtrain.simulate.case import FP4, FP8, Case
+from llmtrain.simulate.frameworks import habits_of, layers_of, recompute_of
+from llmtrain.simulate.habits import Habits
 from llmtrain.simulate.shapes import model_of
 
 HARDWARE = (
@@ -93,10 +94,17 @@ def _with_mesh(
             yield Case(
                 model=model, hardware=hardware, habits=habits, seq_len=seq, micro_batch=micro, micros=micros, tp=tp, pp=pp,
                 virtual=v, cp=cp, ep=ep, etp=etp, dp=dp, shard=shard, recompute=recompute, schedule=schedule, dtype=_dtype(row, hardware),
-                imbalance=1.0 if "force-balanced" in row["notes"] else None,
+                layers=layers_of(row, habits, model, stages=pp * v, ranks=pp), recomputed=_recomputed(row, model.layers // pp),
+                cp_kind=row.get("cp_kind") or "ring", imbalance=1.0 if "force-balanced" in row["notes"] else None,
                 offload=frozenset({"optimizer"} if "swap-optimizer" in row["notes"] else ()) | frozenset(
                     {"activations"} if "swap-attention" in row["notes"] else ()),
             )  # fmt: skip
+
+
+def _recomputed(row: Mapping[str, str], blocks: int) -> float:
+    """Share of the blocks that full recomputation covers: `full of 1 layer on each rank`."""
+    found = re.search(r"full of (\d+) layer", row["recompute"])
+    return min(1.0, int(found[1]) / max(1, blocks)) if found else 1.0
 
 
 def _unsaid(row: Mapping[str, str]) -> tuple[int, int]:

@@ -12,9 +12,11 @@ from llmtrain.errors import UserError
 from llmtrain.hardware import Hardware
 from llmtrain.layout.stages import split_layers
 from llmtrain.simulate.case import Case
+from llmtrain.simulate.engines import ZERO, fits, habits_of, sharings
 from llmtrain.simulate.events import replay
+from llmtrain.simulate.habits import Habits
 from llmtrain.simulate.memory import peak
-from llmtrain.simulate.of_config import DTYPES, habits, longest
+from llmtrain.simulate.of_config import DTYPES, longest
 from llmtrain.simulate.rates import Rates
 from llmtrain.simulate.step import price
 
@@ -22,6 +24,7 @@ BEST = 50
 """Candidates that are run event by event."""
 RESERVE = 0.92
 """Share of a device's memory that a plan may fill."""
+NATIVE = Habits().name
 MICRO_BATCHES, VIRTUAL = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8)
 
 
@@ -40,8 +43,10 @@ class Found:
         axes = (("tp", case.tp), ("pp", case.pp), ("vpp", case.virtual), ("cp", case.cp), ("ep", case.ep), ("dp", case.dp))
         more = [f"dispatch within {case.hierarchical}"] * (case.hierarchical > 1) + ["overlap"] * case.overlap_micro_batches
         again = "+".join(sorted(case.recompute)) or "none"
+        other = f"{case.habits.name} {case.shard if case.dp > 1 else ''}".rstrip() + ": " if case.habits.name != NATIVE else ""
         return (
-            " ".join(f"{name} {size}" for name, size in axes if size > 1)
+            other
+            + " ".join(f"{name} {size}" for name, size in axes if size > 1)
             + f", micro-batch {case.micro_batch}, recompute {again}"
             + "".join(f", {one}" for one in more)
         )
@@ -61,13 +66,15 @@ class Result:
     """Largest difference between closed form and events among the best."""
 
 
-def search(cfg: RunConfig, hardware: Hardware, devices: int, rates: Rates, *, limit: int | None = None) -> Result:
-    """The fastest meshes for the model, batch and sequence length of `cfg`; what it says of its own mesh does not count.
+def search(
+    cfg: RunConfig, hardware: Hardware, devices: int, rates: Rates, *, engines: Sequence[str] = ("native",), limit: int | None = None
+) -> Result:
+    """The fastest meshes for the model, batch and sequence length of `cfg`; what it says of its own mesh and engine does not count.
 
     Raises UserError where nothing fits.
     """
     tried, fitting, known = 0, [], {}
-    for case in candidates(cfg, hardware, devices):
+    for case in candidates(cfg, hardware, devices, engines):
         tried += 1
         held = peak(case)
         if held <= RESERVE * hardware.memory.value:
@@ -95,14 +102,12 @@ def _pareto(found: Sequence[Found]) -> Iterator[Found]:
             yield one
 
 
-def candidates(cfg: RunConfig, hardware: Hardware, devices: int) -> Iterator[Case]:
-    """Every mesh worth a look, for the stretch of steps in which most tokens of the run pass."""
+def candidates(cfg: RunConfig, hardware: Hardware, devices: int, engines: Sequence[str] = ("native",)) -> Iterator[Case]:
+    """Every mesh and engine worth a look, for the stretch of steps in which most tokens of the run pass."""
     model, segment = cfg.model, longest(cfg)
     batch, seq_len = segment.batch, segment.phase.seq_len
-    base = Case(
-        model=model, hardware=hardware, habits=habits(cfg, hardware, pipeline=False), seq_len=seq_len, dtype=DTYPES[cfg.precision.compute]
-    )  # fmt: skip
-    piped = habits(cfg, hardware, pipeline=True)
+    base = Case(model=model, hardware=hardware, seq_len=seq_len, dtype=DTYPES[cfg.precision.compute])
+    habits = {(engine, piped): habits_of(cfg, hardware, pipeline=piped, engine=engine) for engine in engines for piped in (False, True)}
     for tp, cp, pp in product(_widths(model, hardware), _contexts(seq_len), _divisors(devices)):
         ranks = devices // (tp * cp * pp)
         if devices % (tp * cp * pp) or pp > model.layers:
@@ -117,11 +122,20 @@ def candidates(cfg: RunConfig, hardware: Hardware, devices: int) -> Iterator[Cas
                 if pairs and ep == 1:
                     continue
                 shared = ranks * cp > 1 or (ep * etp > 1 and ranks * cp * tp // (ep * etp) > 1)
-                yield base.with_(
-                    habits=piped if pp > 1 else base.habits, micro_batch=micro, micros=micros, tp=tp, pp=pp, virtual=virtual, cp=cp,
-                    ep=ep, etp=etp, dp=ranks, layers=layers, hierarchical=inner, overlap_micro_batches=pairs, recompute=again,
-                    shard="zero3" if shared else "none",
+                case = base.with_(
+                    micro_batch=micro, micros=micros, tp=tp, pp=pp, virtual=virtual, cp=cp, ep=ep, etp=etp, dp=ranks, layers=layers,
+                    hierarchical=inner, overlap_micro_batches=pairs, recompute=again, shard="zero3" if shared else "none",
+                    habits=habits[engines[0], pp > 1],
                 )  # fmt: skip
+                for engine in engines:
+                    if fits(engine, case, model):
+                        yield from _shared(engine, case, habits[engine, pp > 1])
+
+
+def _shared(engine: str, case: Case, habits: Habits) -> Iterator[Case]:
+    for shard in sharings(engine, case):
+        same = habits is case.habits and shard == case.shard
+        yield case if same else case.with_(habits=habits, shard=shard)
 
 
 _SPLITS: dict[tuple[int, int, int, int], tuple[ModelConfig, tuple[int, ...]]] = {}
@@ -182,4 +196,7 @@ def applied(cfg: RunConfig, case: Case) -> dict:
     )
     parallel |= nodes | {"overlap_micro_batches": case.overlap_micro_batches}
     parallel |= {"dp_shard": case.dp, "dp_replicate": 1, "layers_per_stage": None, "schedule": "auto"}
-    return {"parallel": parallel, "train": {"micro_batch": case.micro_batch, "recompute": again}}
+    found = {"parallel": parallel, "train": {"micro_batch": case.micro_batch, "recompute": again}}
+    if (name := case.habits.name) == NATIVE:
+        return found | {"engine": {"kind": "native"}}
+    return found | {"engine": {"kind": name} | ({"zero": ZERO.index(case.shard)} if name == "deepspeed" else {})}

@@ -90,6 +90,13 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     (r"gpt3175b|gpt3xl175b|175bgpt", _gpt(96, 12_288, 96)),
 ]  # fmt: skip
 
+
+def idle_layers(row: Row) -> tuple[int, ...]:
+    """Numbers of the blocks that compute nothing: MindSpeed-LLM fills its stages up with them (`noop-layers`)."""
+    found = re.search(r"noop-layers ([\d,]+)", row["notes"])
+    return tuple(map(int, found[1].split(","))) if found else ()
+
+
 UNKNOWN = re.compile(r"mamba|nemotronh|hybrid|vision|vl\b", re.IGNORECASE)
 
 
@@ -103,6 +110,8 @@ def model_of(row: Row) -> ModelConfig:
     for column, field in (("layers", "layers"), ("hidden", "hidden"), ("vocab", "vocab_size")):
         if row[column]:
             values[field] = int(row[column])
+    if (idle := idle_layers(row)) and "layers" in values:
+        values["layers"] -= len(idle)
     if "layers" not in values or "hidden" not in values:
         raise UserError(f"{row['model']}: its layers and width are not known")
     values["attention"], values["ffn"] = _attention(row, values), _branch(row, values)
@@ -134,7 +143,7 @@ def _branch(row: Row, values: dict[str, Any]) -> dict[str, Any]:
     if row["experts"]:
         width = row["moe_ffn"] or found.get("hidden") or row["ffn"]
         found = {**found, "kind": "moe", "experts": int(row["experts"]), "top_k": int(row["topk"] or 2), "hidden": int(width)}
-        found["dense_layers"] = min(found.get("dense_layers", 0), values["layers"] - 1)
+        found["dense_layers"] = min(int(row.get("dense_layers") or found.get("dense_layers", 0)), values["layers"] - 1)
         if "router" in found and found["experts"] % found["router"].get("groups", 1):
             found.pop("router")
     elif row["ffn"]:

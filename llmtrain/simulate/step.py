@@ -40,12 +40,17 @@ def price(case: Case, rates: Rates, known: dict[tuple, Times] | None = None) -> 
 def finish(pricer: Pricer, stages: tuple[Times, ...], transfer: float, *, pipeline: float, busy: float, slowest: int) -> Step:
     """What `pipeline` seconds of computing, of which ranks are `busy` on average, become with all that is outside."""
     case, rates = pricer.case, pricer.rates
+    mates = pricer.machine.shared * case.pp / case.devices  # stages that share a core, where one computes while the other waits
+    if mates > 1:
+        pipeline = max(pipeline / mates, busy)
     exposed, update = _outside(pricer, stages)
     parts: Counter = Counter()
     for stage in stages_of(case, slowest):
         for name, value in stages[stage].parts.items():
             parts[name] += case.micros * value
     inside = sum(parts.values())
+    if pipeline < inside:
+        parts = Counter({name: value * pipeline / inside for name, value in parts.items()})
     parts["bubble"] = max(0.0, pipeline - inside)
     parts["gradient reduction"], parts["optimizer"], parts["outside"] = exposed, update, rates.step
     before = sum(parts.values())
@@ -60,8 +65,14 @@ def _outside(pricer: Pricer, stages: tuple[Times, ...]) -> tuple[float, float]:
         held, own = rank_held(case, rank), stages_of(case, rank)
         # Of the stages that a rank holds, all but one are done before the last round of micro-batches is, and start after it has begun.
         rounds = 1 + (min(case.micros, case.pp) - 1) * (1 - 1 / case.virtual)
-        sending, window = pricer.reduction(held), rounds * sum(stages[s].both for s in own)
-        if case.habits.dp_hidden:
-            sending = max(sending * (1 - pricer.rates.dp_hidden), sending - window)
-        worst = max(worst, (sending, pricer.update(held)), key=sum)
+        reduce, gather = pricer.reduction(held)
+        if case.habits.dp_hidden:  # gradients beside the backward pass, parameters beside the next forward pass
+            reduce = _shown(reduce, rounds * sum(stages[s].backward for s in own), pricer.dp_hidden)
+            gather = _shown(gather, rounds * sum(stages[s].forward for s in own), pricer.dp_hidden)
+        worst = max(worst, (reduce + gather, pricer.update(held)), key=sum)
     return worst
+
+
+def _shown(sending: float, window: float, hidden: float) -> float:
+    """What of `sending` is not beside computing."""
+    return max(sending * (1 - hidden), sending - window)

@@ -20,7 +20,7 @@ class Item(NamedTuple):
     """`product`, `grouped` (as many products of experts at once), `attention`, `pass` (bound by memory)."""
     flops: float = 0.0
     bytes: float = 0.0
-    launches: int = 1
+    launches: float = 1
     low: bool = False
     """Whether it is computed in fp8 where the case says so."""
     backward: bool = False

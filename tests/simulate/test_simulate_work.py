@@ -6,7 +6,8 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import count_parameters, flops_per_token
 from llmtrain.hardware import load
 from llmtrain.simulate.blocks import block_work, head_work
-from llmtrain.simulate.case import Case, Habits
+from llmtrain.simulate.case import Case
+from llmtrain.simulate.habits import Habits
 from llmtrain.simulate.held import rank_held
 from llmtrain.simulate.links import Group, seconds
 from llmtrain.simulate.memory import memory

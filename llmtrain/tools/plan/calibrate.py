@@ -7,18 +7,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import yaml
 
 from llmtrain.errors import UserError
-from llmtrain.hardware.cores import allowed_cpus
+from llmtrain.hardware.cores import allowed_cpus, bind, place, read_cores
+from llmtrain.tools.plan.calibrate_links import collectives
 
-ROUNDS = 7
+SECONDS = 0.9
+"""That each operator is measured for, after a third of them to warm up."""
 BATCH, HEADS, LENGTH, WIDTH = 4, 4, 512, 64
 """Of the attention that is measured."""
-GATE = (2048, 1024)
-"""Rows and columns of the gate."""
+GATE = (1024, 768, 2048)
+"""Rows, model width and inner width of the element-wise operators."""
 
 
 def main(argv: list[str]) -> int:
@@ -44,60 +49,86 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def measured(ranks: int) -> dict[str, float]:
-    """What every rank reaches while all of them measure: the slowest of them. Raises UserError if one fails."""
+def measured(ranks: int) -> dict[str, Any]:
+    """What the ranks reach on average while all of them measure. Raises UserError if one fails."""
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(allowed_cpus()) // ranks))}
+        env = os.environ | {"OMP_NUM_THREADS": str(threads(ranks))}
         words = [sys.executable, "-m", "llmtrain", "plan", "calibrate", "--ranks", str(ranks), "--store", f"{folder}/store"]
         started = [subprocess.Popen([*words, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=env) for rank in range(ranks)]
         texts = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise UserError("plan calibrate: a rank failed; its error is above")
     each = [json.loads(text.strip().splitlines()[-1]) for text in texts]
-    return {name: (max if name in ("launch", "latency") else min)(one[name] for one in each) for name in each[0]}
+    found = {name: fmean(one[name] for one in each) for name in each[0] if name != "collectives"}
+    links = zip(*(one["collectives"] for one in each))
+    return found | {"collectives": [(*same[0][:2], *(fmean(one[at] for one in same) for at in (2, 3))) for same in links]}
 
 
-def _measure(rank: int, ranks: int, store: Path) -> dict[str, float]:
+def _measure(rank: int, ranks: int, store: Path) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
     torch.manual_seed(rank)
+    bind(place(ranks, rank, cores=read_cores(allowed_cpus())).cpus)  # as the launcher binds the ranks of a run
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    found = {"float32": _products(torch.float32), "bfloat16": _products(torch.bfloat16), "bandwidth": _elementwise(), "launch": _small()}
+    found: dict[str, Any] = {name: _products(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    found |= {"grouped": _grouped() / found["float32"], "bandwidth": _elementwise(), "launch": _small()}
     forward, backward = _attention()
     found |= {"attention": forward / found["float32"], "attention_backward": backward / forward}
-    found |= _links(ranks)
+    found["collectives"] = collectives(rank, ranks) if ranks > 1 else []
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
     return found
 
 
-def _seconds(call) -> float:
-    """The median of several calls, after two that warm up."""
-    times = []
-    for _ in range(ROUNDS + 2):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return sorted(times[2:])[ROUNDS // 2]
+def _seconds(call: Callable[[], Any], *, least: float = SECONDS) -> float:
+    """Of one call, on average over `least` seconds after a third of them that warm caches and clock up; all ranks at once."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+    for stretch in (least / 3, least):
+        started, calls = time.perf_counter(), 0
+        while (spent := time.perf_counter() - started) < stretch:
+            call()
+            calls += 1
+    return spent / calls
 
 
 def _products(dtype) -> float:
-    """FLOP/s of [1024,768] by [768,768], about what a small model's blocks have."""
+    """FLOP/s of the three products of a layer and its backward pass, [1024,768] by [768,768], about what a small model's blocks have."""
     import torch
 
-    a, b = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype)
-    return 2 * 1024 * 768 * 768 / _seconds(lambda: a @ b)
+    x, w, g = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype), torch.randn(1024, 768, dtype=dtype)
+    return 3 * 2 * 1024 * 768 * 768 / _seconds(lambda: (torch.nn.functional.linear(x, w), g @ w, g.t() @ x))
+
+
+def _grouped() -> float:
+    """FLOP/s of the same for the few rows that come to each of eight experts."""
+    import torch
+
+    x, g = torch.randn(8, 192, 320), torch.randn(8, 192, 640)
+    w = torch.randn(8, 640, 320)
+    flops = 3 * 2 * 8 * 192 * 320 * 640
+    return flops / _seconds(lambda: [(torch.nn.functional.linear(a, b), c @ b, c.t() @ a) for a, b, c in zip(x, w, g)])
 
 
 def _elementwise() -> float:
-    """Bytes/s of silu(gate) * up, counted as one kernel: two tensors read, one written."""
+    """Bytes/s of a norm, a gate and a sum, forward and backward, counted as `simulate/blocks.py` counts them."""
     import torch
+    import torch.nn.functional as F
 
-    gate, up = (torch.randn(GATE) for _ in range(2))
-    return 3 * 4 * gate.numel() / _seconds(lambda: torch.nn.functional.silu(gate) * up)
+    rows, hidden, inside = GATE
+    x, gate, up = (torch.randn(rows, size, requires_grad=True) for size in (hidden, inside, inside))
+    weight = torch.ones(hidden, requires_grad=True)
+
+    def run():
+        outs = (F.rms_norm(x, (hidden,), weight), F.silu(gate) * up, x + x.detach())
+        torch.autograd.grad(outs, (x, gate, up, weight), outs)
+
+    return 4 * rows * (hidden * (2 + 3 + 6) + inside * (3 + 5)) / _seconds(run)
 
 
 def _small() -> float:
@@ -114,31 +145,18 @@ def _attention() -> tuple[float, float]:
 
     from llmtrain.simulate.blocks import attention_flops
 
-    q, k, v = (torch.randn(BATCH, HEADS, LENGTH, WIDTH, requires_grad=True) for _ in range(3))
+    q, k, v, grad = (torch.randn(BATCH, HEADS, LENGTH, WIDTH, requires_grad=True) for _ in range(4))
 
     def run():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     flops = attention_flops(rows=BATCH * LENGTH, keys=(LENGTH + 1) / 2, heads=HEADS, width=2 * WIDTH)
     forward = _seconds(run)
-    both = _seconds(lambda: run().sum().backward())
+    both = _seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad))
     return flops / forward, 2.5 * flops / max(both - forward, 0.1 * both)
 
 
-def _links(ranks: int) -> dict[str, float]:
-    """Bytes/s and seconds of gloo's all-reduce over all ranks."""
-    if ranks == 1:
-        return {"link": 1e10, "latency": 1e-5}
-    import torch
-    import torch.distributed as dist
-
-    large, small = torch.zeros(2**22), torch.zeros(16)
-    wire = 2 * (ranks - 1) / ranks * 4 * large.numel()
-    latency = _seconds(lambda: dist.all_reduce(small))
-    return {"link": wire / max(_seconds(lambda: dist.all_reduce(large)) - latency, 1e-6), "latency": latency / (1 + (ranks - 1) / 8)}
-
-
-def description(found: dict[str, float], ranks: int) -> dict:
+def description(found: dict[str, Any], ranks: int) -> dict:
     """What `llmtrain.hardware.load` reads."""
     import psutil
 
@@ -153,14 +171,24 @@ def description(found: dict[str, float], ranks: int) -> dict:
         "peak": {dtype: quantity(found[dtype]) for dtype in ("float32", "bfloat16")},
         "memory": {"value": float(psutil.virtual_memory().total // ranks), "source": "psutil, shared by the ranks"},
         "memory_bandwidth": quantity(found["bandwidth"]),
-        "links": {"node": {"name": "gloo", **quantity(found["link"])}},
-        "devices_per_node": max(ranks, 1),
+        "links": {"node": {"name": "gloo", **quantity(1e10)}},
+        "devices_per_node": ranks,
+        "cores": len(allowed_cpus()) / threads(ranks),
         "rates": {
             "attention": quantity(found["attention"]),
             "attention_backward": quantity(found["attention_backward"]),
             "memory": {"value": 1.0, "source": "the bandwidth is that of element-wise work"},
+            "grouped": quantity(found["grouped"]),
             "launch": quantity(found["launch"]),
-            "latency": quantity(found["latency"]),
+            "collectives": [
+                {"kind": kind, "ranks": size, "latency": float(f"{latency:.3g}"), **quantity(rate)}
+                for kind, size, rate, latency in found["collectives"]
+            ],
         },
         "notes": f"One of {ranks} ranks on this machine.",
     }
+
+
+def threads(ranks: int) -> int:
+    """Threads of a rank: what OMP_NUM_THREADS says, else its part of the cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(allowed_cpus()) // ranks))

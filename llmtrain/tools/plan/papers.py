@@ -9,9 +9,10 @@ from llmtrain.config.published import PRESETS
 from llmtrain.hardware import Hardware, Link, Quantity
 from llmtrain.layout.schedule import bubble, build
 from llmtrain.layout.stages import split_layers
-from llmtrain.simulate.case import Case, Habits
+from llmtrain.simulate.case import Case
 from llmtrain.simulate.events import replay
 from llmtrain.simulate.fit import chosen
+from llmtrain.simulate.habits import Habits
 from llmtrain.simulate.published import Published, model_flops_utilisation, read
 from llmtrain.simulate.rates import fitted
 from llmtrain.simulate.step import price
