@@ -108,7 +108,6 @@ def test_a_wrong_mark_is_seen(fault, runs, native):
     off = {one.of or one.measure: one.found for one in compared(fault, row, runs, native) if not one.within}
     if fault == "norm alone":
         assert off.keys() - {"loss"} == {"norm", "blocks.1.attention_norm.weight"} and off["blocks.1.attention_norm.weight"] > 0.1
-        assert not runs[fault]["agree"]
     elif fault == "cut unmarked":
         assert off.keys() <= {"norm", "loss"} and off["norm"] > 1e-3
     else:
