@@ -264,6 +264,14 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def cpu_computes_fp16() -> bool:
+    """Whether oneDNN computes in fp16 on this processor (AVX512-FP16); DeepSpeed asks the same."""
+    import torch
+
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return ask is not None and bool(ask())
+
+
 def compile_seconds() -> float:
     """Seconds that this process has spent in torch.compile so far; 0 where this torch does not tell."""
     import sys

@@ -39,12 +39,20 @@ class DeepSpeedEngineConfig(Section):
     """The engine."""
     zero: Literal[0, 1, 2, 3] = 2
     """What the data-parallel ranks share: 0 nothing; 1 the optimizer's state and fp32 weights; 2 gradients too; 3 parameters too."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where moments and fp32 weights are kept and updated: on the device, or in the host's memory by the processor; needs zero 1 to 3."""
-    offload_params: Literal["none", "cpu"] = "none"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where moments and fp32 weights are kept: on the device; in the host's memory, where the processor updates them (needs zero 1 to 3);
+    or in files, from which they come there group by group (needs zero 3)."""
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
     """Where parameters wait until a layer is computed; needs zero 3."""
+    nvme_path: str | None = None
+    """The folder for what is offloaded to nvme, on a disk of each machine. Every process makes one in it and removes it when it ends."""
     options: dict[str, Any] = {}
     """More of DeepSpeed's own configuration, as its JSON has it: `{zero_optimization: {overlap_comm: true}}`."""
+
+    @property
+    def swaps(self) -> bool:
+        """Whether anything is offloaded to files."""
+        return "nvme" in (self.offload_optimizer, self.offload_params)
 
     @field_validator("options")
     @classmethod

@@ -17,6 +17,7 @@ from llmtrain.device.base import Device
 from llmtrain.engine.base import Capabilities, register_engine
 from llmtrain.engine.deepspeed_build import prepare
 from llmtrain.engine.deepspeed_config import AXES, DTYPES, check, deepspeed_config
+from llmtrain.engine.deepspeed_files import in_order, own_folder
 from llmtrain.engine.deepspeed_layout import Replicated, layout_of
 from llmtrain.engine.deepspeed_state import CanonicalState
 from llmtrain.engine.local_optimizer import is_decayed
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 @register_engine("deepspeed", check=check)
 def build(cfg: RunConfig, *, objective: Callable[[dict], Tensor], mesh: Mesh, device: Device, ops: Ops) -> "DeepSpeedEngine":
     """Build the whole model on every rank and give it to DeepSpeed. Raises UserError for what the engine cannot run."""
-    prepare(mesh, device)
+    prepare(mesh, device, swaps=cfg.engine.swaps)
     with torch.device("meta"):
         model = family.build(cfg.model, ops, cfg.train.loss_chunk).to(torch.float32)
     apply_recompute(model, cfg.train.recompute)
@@ -66,12 +67,14 @@ class ZeroOptimizer:
     def __init__(self, cfg: RunConfig, model: nn.Module, parameters: dict[str, nn.Parameter], *, ops: Ops):
         self.parameters = parameters
         adamw = _adamw(parameters, cfg, ops=ops)
-        self.engine = _wrap(model, adamw, deepspeed_config(cfg, elements=sum(p.numel() for p in parameters.values())))
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        self.engine = _wrap(model, adamw, deepspeed_config(cfg, sizes=sizes, files=own_folder(cfg)))
         self.layout: Replicated = layout_of(self.engine, parameters)
         self.states: dict[Tensor, dict[str, Tensor]] = adamw.state
-        for owner in self.layout.owners():
-            zeros = {kind: torch.zeros_like(owner, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
-            self.states[owner] = {"step": torch.zeros((), dtype=torch.float32, device=owner.device)} | zeros
+        for number, owner in enumerate(self.layout.owners()):
+            with self.layout.held(number, changed=True):
+                zeros = {kind: torch.zeros_like(owner, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
+                self.states[owner] = {"step": torch.zeros((), dtype=torch.float32, device=owner.device)} | zeros
 
     def step(self, *, lr: float, divisor: float) -> None:
         """Update with the gradients over `divisor`. Raises RuntimeError if DeepSpeed left the step out."""
@@ -129,8 +132,9 @@ class DeepSpeedEngine(NativeEngine):
     @torch.no_grad()
     def _square_sum(self) -> float:
         layout = self.optimizer.layout
-        gradients = [gradient.float() for gradient in layout.gradients()]
-        return square_sum(gradients, [layout.holders or self.mesh.world] * len(gradients)) / self._scale**2
+        holders = layout.holders or self.mesh.world
+        sums = (square_sum([gradient.float() for gradient in part], [holders] * len(part)) for part in layout.parts())
+        return sum(sums) / self._scale**2
 
     @torch.no_grad()
     def apply(self, *, lr: float) -> None:
@@ -168,7 +172,9 @@ class DeepSpeedEngine(NativeEngine):
 
 
 def _adamw(parameters: dict[str, nn.Parameter], cfg: RunConfig, *, ops: Ops) -> torch.optim.Optimizer:
-    decayed = {name: is_decayed(name, cfg.optim) for name in parameters}
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    names = in_order(sizes, ranks=dist.get_world_size()) if cfg.engine.swaps else list(parameters)
+    decayed = {name: is_decayed(name, cfg.optim) for name in names}
     groups = [
         {"params": [parameters[name] for name in decayed if decayed[name] is decay], "weight_decay": weight_decay}
         for decay, weight_decay in ((True, cfg.optim.weight_decay), (False, 0.0))

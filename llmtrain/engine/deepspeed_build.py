@@ -1,4 +1,5 @@
-"""Before DeepSpeed starts: its import for the right device, and what it compiles on a CPU (`deepspeed_shm_comm`), with a word about it.
+"""Before DeepSpeed starts: its import for the right device, and what it compiles, with a word about it: `deepspeed_shm_comm` on a CPU,
+`async_io` and `pin_memory` to offload to files.
 
 torch builds such extensions once, in TORCH_EXTENSIONS_DIR (else a folder of this environment in ~/.cache/torch_extensions), behind a file
 `lock` that whoever builds holds open. A build that is killed leaves the file there, and everybody after it would wait for ever, silently.
@@ -23,13 +24,18 @@ from llmtrain.parallel.mesh import Mesh
 
 EVERY = 15.0
 """Seconds between words about a build."""
+LIBAIO = (
+    "the header libaio.h or the library is not on this machine. Debian, Ubuntu: apt-get install libaio-dev; openEuler, Fedora: "
+    "dnf install libaio-devel"
+)
 COMPILERS = "Debian, Ubuntu: apt-get install g++; openEuler, Fedora: dnf install gcc-c++; conda: conda install gxx"
 
 
-def prepare(mesh: Mesh, device: Device, *, say: Callable[[str], Any] = print) -> None:
+def prepare(mesh: Mesh, device: Device, *, swaps: bool = False, say: Callable[[str], Any] = print) -> None:
     """Import DeepSpeed for `device` and build what it needs; all ranks call it, one of each machine `say`s what takes long.
 
-    Raises UserError, on every rank, without a compiler, for a lock that a killed build left behind, and if the build fails.
+    swaps: what offloading to files needs too. Raises UserError, on every rank, without a compiler or libaio, for a lock that a killed build
+    left behind, and if the build fails.
     """
     if device.kind == "npu" and "ASCEND_HOME_PATH" not in os.environ:
         raise UserError("engine deepspeed: ASCEND_HOME_PATH is not set, where DeepSpeed looks for CANN; source CANN's set_env.sh")
@@ -40,9 +46,19 @@ def prepare(mesh: Mesh, device: Device, *, say: Callable[[str], Any] = print) ->
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if get_accelerator().device_name() != device.kind:
         raise UserError(f"engine deepspeed: DS_ACCELERATOR is {get_accelerator().device_name()}, but the run's device is {device.kind}")
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return
+    shared_memory = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if shared_memory is not None and deepspeed.ops.__compatible_ops__.get(shared_memory.NAME, False):
+        _build(shared_memory, mesh, say=say)
+    for name in ("PinMemoryBuilder", "AsyncIOBuilder") if swaps else ():
+        builder = get_accelerator().create_op_builder(name)
+        if any(mesh.gather(builder is None or not builder.is_compatible())):
+            raise UserError(f"engine deepspeed: offloading to nvme needs DeepSpeed's {name.removesuffix('Builder')}, and {LIBAIO}")
+        _build(builder, mesh, say=say)
+
+
+def _build(builder: Any, mesh: Mesh, *, say: Callable[[str], Any]) -> None:
+    import deepspeed
+
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder(Path(deepspeed.__file__))))
     folder = extension_folder(builder.NAME)
     if found := next(filter(None, mesh.gather(obstacle(builder.NAME, folder))), None):
@@ -77,7 +93,7 @@ def obstacle(name: str, folder: Path) -> str | None:
     if shutil.which("ninja") is None and shutil.which("ninja", path=scripts):
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])  # a Python that was started by its path alone
     compiler = os.environ.get("CXX", "c++")
-    what = f"DeepSpeed compiles {name} when it first starts on a CPU"
+    what = f"DeepSpeed compiles {name} when it first needs it"
     if shutil.which(compiler.split()[0]) is None:
         return f"{what}, and there is no C++ compiler {compiler} (CXX names another). {COMPILERS}"
     if shutil.which("ninja") is None:
@@ -122,7 +138,7 @@ def _announced(name: str, folder: Path, *, files: int, say: Callable[[str], Any]
             compiled = len(list(folder.glob("*.o")))
             say(f"building {name}: {time.monotonic() - started:.0f} s, {compiled} of {files} files compiled")
 
-    say(f"building {name}, which DeepSpeed needs on a CPU, once for this machine and this torch, in {folder}")
+    say(f"building {name}, which DeepSpeed needs for this run, once for this machine and this torch, in {folder}")
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     try:

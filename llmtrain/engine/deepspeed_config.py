@@ -2,8 +2,11 @@
 
 import importlib.metadata as metadata
 import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from llmtrain.compat import cpu_computes_fp16
 from llmtrain.config.deepspeed import DeepSpeedEngineConfig
 from llmtrain.config.run import RunConfig
 from llmtrain.config.train import ParallelConfig
@@ -63,8 +66,8 @@ def _precision(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
         )
     if {p.accumulate, p.reduce} - {"fp32", p.compute}:
         return f"precision.accumulate {p.accumulate} and precision.reduce {p.reduce}: either fp32 or as precision.compute ({p.compute})"
-    if p.compute == "fp16" and device == "cpu":
-        return "precision.compute fp16: not tried on a CPU; take bf16"
+    if p.compute == "fp16" and device == "cpu" and not cpu_computes_fp16():
+        return "precision.compute fp16: DeepSpeed refuses it on a CPU for which oneDNN has no fp16 (AVX512-FP16), as this one; take bf16"
     return None
 
 
@@ -76,6 +79,10 @@ def _memory(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
         return f"engine.offload_optimizer {engine.offload_optimizer} needs engine.zero 1 to 3, not 0"
     if engine.offload_params != "none" and engine.zero != 3:
         return f"engine.offload_params {engine.offload_params} needs engine.zero 3, not {engine.zero}"
+    if engine.offload_optimizer == "nvme" and engine.zero != 3:
+        return f"engine.offload_optimizer nvme needs engine.zero 3, not {engine.zero}; cpu goes with 1 to 3"
+    if engine.swaps and (engine.nvme_path is None or not Path(engine.nvme_path).is_dir()):
+        return f"engine.nvme_path {engine.nvme_path} is no folder; offloading to nvme needs one on a disk of this machine"
     if cfg.train.offload:
         return "train.offload keeps activations on the host for engine native alone; take it out"
     if cfg.train.compile == "on":
@@ -98,8 +105,8 @@ def _batches(cfg: RunConfig, shape: MeshShape, device: str) -> str | None:
     return None
 
 
-def deepspeed_config(cfg: RunConfig, *, elements: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a checked run; `elements` of the model bound its buffers."""
+def deepspeed_config(cfg: RunConfig, *, sizes: Sequence[int], files: str | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration of a checked run; `sizes` of parameters, in elements, bound its buffers, `files` is for what is swapped."""
     precision, zero = cfg.precision, cfg.engine.zero
     ours = {
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch,  # not used: micro-batches and their number are told at each step
@@ -110,7 +117,7 @@ def deepspeed_config(cfg: RunConfig, *, elements: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": precision.accumulate},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero(cfg, elements),
+        "zero_optimization": _zero(cfg, sizes, files),
     }
     if precision.compute != "fp32":
         ours[precision.compute] = {"enabled": True} | ({"loss_scale": 1.0} if precision.compute == "fp16" else {})
@@ -119,17 +126,18 @@ def deepspeed_config(cfg: RunConfig, *, elements: int) -> dict[str, Any]:
     return _merged(ours, cfg.engine.options)
 
 
-def _zero(cfg: RunConfig, elements: int) -> dict[str, Any]:
+def _zero(cfg: RunConfig, sizes: Sequence[int], files: str | None) -> dict[str, Any]:
     engine = cfg.engine
-    pinned = {"device": "cpu", "pin_memory": False}
-    bucket = min(500_000_000, -(-elements // 2) * 2)
+    places = {"cpu": {"device": "cpu", "pin_memory": False}, "nvme": {"device": "nvme", "pin_memory": False, "nvme_path": files}}
+    bucket = min(500_000_000, -(-sum(sizes) // 2) * 2)
     zero: dict[str, Any] = {"stage": engine.zero, "reduce_bucket_size": bucket}
     if engine.offload_optimizer != "none":
-        zero["offload_optimizer"] = pinned
+        zero["offload_optimizer"] = places[engine.offload_optimizer]
     if engine.zero == 3:
         zero |= {"stage3_prefetch_bucket_size": min(50_000_000, bucket), "memory_efficient_linear": False}
         if engine.offload_params != "none":
-            zero["offload_param"] = pinned
+            buffers = {"buffer_size": max(sizes), "max_in_cpu": 0} if engine.offload_params == "nvme" else {}
+            zero["offload_param"] = places[engine.offload_params] | buffers
         return zero
     own_norm = engine.offload_optimizer != "none" or (engine.zero == 1 and cfg.precision.compute == "bf16")
     return zero | {"allgather_bucket_size": bucket, "compute_grad_norm": own_norm}

@@ -4,7 +4,8 @@ DeepSpeed clips, updates and drops gradients in one call, `step()`, and skips a 
 gradients after the backward passes, where fp32 weights and moments lie, and how a step is given up. Held to DeepSpeed 0.19.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,19 @@ class Replicated:
     def gradients(self) -> list[Tensor]:
         """This rank's part of the summed gradients, after the last backward pass of a step."""
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+
+    def parts(self) -> Iterator[list[Tensor]]:
+        """The gradients, as many at a time as are in memory together."""
+        yield self.gradients()
+
+    def groups(self) -> list[tuple[int, list[str]]]:
+        """(owner, parameters) by what is in memory together, in the same order on every rank."""
+        return [(0, list(self.pieces))]
+
+    @contextmanager
+    def held(self, owner: int, *, changed: bool = False) -> Iterator[None]:
+        """While an owner, its moments and its gradient are in memory. changed: the owner and its moments are written to meanwhile."""
+        yield
 
     def step(self, divisor: float) -> None:
         """Let the optimizer update with the gradients over `divisor`."""
@@ -136,7 +150,7 @@ class Bf16Zero1(Mapped):
 
 
 class Zero3(Divided):
-    """ZeRO 3: each rank has an equal part of every parameter, the last one's padded."""
+    """ZeRO 3: each rank has an equal part of every parameter, the last one's padded. Owners may be in files, and are empty then."""
 
     flat = "fp32_partitioned_groups_flat"
 
@@ -151,16 +165,50 @@ class Zero3(Divided):
             return [flat.grad for flat in self.owners()]
         return [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group or ()]
 
+    def parts(self) -> Iterator[list[Tensor]]:
+        if not self.optimizer.swap_optimizer:
+            yield from super().parts()
+            return
+        for number, owner in enumerate(self.owners()):
+            with self.held(number):
+                yield [owner.grad]
+
+    def groups(self) -> list[tuple[int, list[str]]]:
+        if not self.optimizer.swap_optimizer:
+            return super().groups()
+        numbers = {id(owner): number for number, owner in enumerate(self.owners())}
+        names: dict[int, list[str]] = {number: [] for number in numbers.values()}
+        for name, piece in self.pieces.items():
+            names[numbers[id(piece.owner)]].append(name)
+        return list(names.items())
+
+    @contextmanager
+    def held(self, owner: int, *, changed: bool = False) -> Iterator[None]:
+        zero = self.optimizer
+        swapped = zero._swappable_optimizer_subgroup(owner)  # small groups stay in memory
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(owner)
+        yield
+        if swapped:
+            zero._writeback_swap_state(owner, write_opt_state=changed, write_gradients=False)
+
     def drop(self) -> None:
-        self.optimizer._pre_step()
-        self.optimizer._partition_all_parameters()
-        self.optimizer._overflow_clean_up(1.0)
+        zero = self.optimizer
+        zero._pre_step()
+        zero._partition_all_parameters()
+        zero._overflow_clean_up(1.0)
+        if zero.swap_optimizer:
+            zero.optimizer_swapper.flush_gradients()
+            for swapped in zero.optimizer_swapper.swap_params_info.values():
+                swapped.release_unswapped_gradients()
+                swapped.swapped_gradients.clear()
 
     def refresh(self) -> None:
         zero = self.optimizer
         zero._partition_all_parameters()
-        for group in range(len(self.owners())):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
+        for number in range(len(self.owners())):
+            with self.held(number):
+                zero._reassign_or_swap_out_partitioned_parameters(number)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 

@@ -1,6 +1,7 @@
 """Canonical state of a model that DeepSpeed has in flat pieces, both ways, one tensor at a time and bit for bit."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,13 @@ class CanonicalState:
     def __init__(self, layout: Replicated, shapes: dict[str, torch.Size], *, moments: dict[Tensor, dict], mesh: Mesh):
         self.layout, self.shapes, self._moments, self.mesh = layout, shapes, moments, mesh
 
-    def _parts(self) -> Iterator[tuple[str, str, Piece, Tensor]]:
-        """(name, kind, piece, this rank's elements) of every tensor, in the same order on every rank."""
-        for name, piece in self.layout.pieces.items():
-            for kind in KINDS:
-                yield name, kind, piece, piece.of(piece.owner if kind == "weight" else self._moments[piece.owner][kind])
+    def _parts(self, *, changed: bool = False) -> Iterator[tuple[str, str, Piece, Tensor]]:
+        """(name, kind, piece, this rank's elements, to be `changed` or read) of every tensor, in the same order on every rank."""
+        for owner, names in self.layout.groups():
+            with self.layout.held(owner, changed=changed):
+                for name, kind in product(names, KINDS):
+                    piece = self.layout.pieces[name]
+                    yield name, kind, piece, piece.of(piece.owner if kind == "weight" else self._moments[piece.owner][kind])
 
     @torch.no_grad()
     def read(self) -> dict[str, Tensor]:
@@ -62,7 +65,7 @@ class CanonicalState:
     @torch.no_grad()
     def write(self, state: dict[str, Tensor]) -> None:
         """Take weights and moments from a canonical state, however it is sharded."""
-        for name, kind, piece, mine in self._parts():
+        for name, kind, piece, mine in self._parts(changed=True):
             key = f"{name}.{kind}"
             if key in state:
                 mine.copy_(_full(state[key], self.mesh).reshape(-1)[piece.at : piece.at + piece.count])

@@ -24,6 +24,7 @@ from llmtrain.ops import (
     rope,
     sdpa,
     tiled_attention,
+    transformer_engine,
     triton_pointwise,
     volta_attention,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "rope",
     "sdpa",
     "tiled_attention",
+    "transformer_engine",
     "triton_pointwise",
     "volta_attention",
 ]

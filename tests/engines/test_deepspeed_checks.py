@@ -13,9 +13,11 @@ import pytest
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.run import RunConfig
 from llmtrain.engine import deepspeed_build
+from llmtrain.engine import deepspeed_config as deepspeed_config_module
 from llmtrain.engine.base import check_engine
 from llmtrain.engine.deepspeed_build import _announced, built, left_behind, obstacle, own_folder
 from llmtrain.engine.deepspeed_config import _package, deepspeed_config
+from llmtrain.engine.deepspeed_files import in_order
 from llmtrain.errors import UserError
 from llmtrain.layout.mesh import MeshShape
 from llmtrain.stages import session  # noqa: F401 - registers the engines
@@ -41,13 +43,15 @@ def refusal(cfg: RunConfig) -> str:
         ({"parallel": {"pp": 2}}, "parallel.pp is 2"),
         ({"parallel": {"cp": 2}}, "parallel.cp is 2"),
         ({"precision": "fp64"}, "precision.compute fp64.*it has no fp64"),
-        ({"precision": "fp16"}, "precision.compute fp16: not tried on a CPU"),
         ({"precision": "bf16", "zero": 0}, "precision.compute bf16 with engine.zero 0.*set engine.zero 1"),
         ({"precision": {"accumulate": "bf16"}}, "precision.accumulate bf16"),
         ({"precision": {"compute": "bf16", "reduce": "fp16"}}, "precision.reduce fp16: either fp32 or as precision.compute"),
         ({"optim": {"offload": True}}, "optim.offload is engine native's; set engine.offload_optimizer cpu"),
         ({"engine": {"offload_optimizer": "cpu"}, "zero": 0}, "engine.offload_optimizer cpu needs engine.zero 1 to 3, not 0"),
         ({"engine": {"offload_params": "cpu"}}, "engine.offload_params cpu needs engine.zero 3, not 2"),
+        ({"engine": {"offload_optimizer": "nvme"}}, "engine.offload_optimizer nvme needs engine.zero 3, not 2; cpu goes with 1 to 3"),
+        ({"engine": {"offload_params": "nvme"}, "zero": 3}, "engine.nvme_path None is no folder"),
+        ({"engine": {"offload_optimizer": "nvme", "nvme_path": "/no/such"}, "zero": 3}, "engine.nvme_path /no/such is no folder"),
         ({"train": {"steps": 4, "offload": ["block_input"]}}, "train.offload"),
         ({"train": {"steps": 4, "compile": "on"}}, "train.compile on"),
         ({"model": MOE}, "model.ffn.balance.sequences 8 joins 8 micro-batches.*set it to a divisor of 1"),
@@ -57,6 +61,14 @@ def test_what_it_cannot_run_is_refused_by_the_name_of_the_option(changes, said):
     import re
 
     assert re.search(said, refusal(configure(**changes)))
+
+
+def test_fp16_is_refused_on_a_cpu_for_which_onednn_has_none(monkeypatch):
+    monkeypatch.setattr(deepspeed_config_module, "_package", lambda *_: None)
+    monkeypatch.setattr(deepspeed_config_module, "cpu_computes_fp16", lambda: False)
+    assert "precision.compute fp16: DeepSpeed refuses it on a CPU for which oneDNN has no fp16" in refusal(configure(precision="fp16"))
+    monkeypatch.setattr(deepspeed_config_module, "cpu_computes_fp16", lambda: True)
+    check_engine(configure(precision="fp16"), shape=MeshShape(), device="cpu")
 
 
 def test_without_the_package_it_says_how_to_install_it(monkeypatch):
@@ -71,13 +83,20 @@ def test_without_the_package_it_says_how_to_install_it(monkeypatch):
 
 def test_deepspeeds_own_options_pass_through_but_those_that_a_run_has(monkeypatch):
     options = {"zero_optimization": {"overlap_comm": True, "stage3_param_persistence_threshold": 0}, "wall_clock_breakdown": True}
-    made = deepspeed_config(configure(zero=3, engine={"options": options}), elements=1001)
+    made = deepspeed_config(configure(zero=3, engine={"options": options}), sizes=[1000, 1])
     assert made["wall_clock_breakdown"] and made["zero_optimization"]["overlap_comm"] and made["zero_optimization"]["stage"] == 3
     assert made["zero_optimization"]["reduce_bucket_size"] == 1002 and made["gradient_clipping"] == 0.0
     with pytest.raises(ConfigError, match=r"engine.options: optimizer is written by the engine itself; in its place stands optim"):
         RunConfig.load({"engine": {"kind": "deepspeed", "options": {"optimizer": {"type": "Lion"}}}})
     with pytest.raises(ConfigError, match=r"zero_optimization.stage .* in its place stands engine.zero"):
         RunConfig.load({"engine": {"kind": "deepspeed", "options": {"zero_optimization": {"stage": 1}}}})
+
+
+def test_what_goes_to_files_is_aligned_or_refused():
+    sizes = {"norm": 8, "embedding": 3 * 2**19, "q_proj": 96, "ffn": 2**20}
+    assert in_order(sizes, ranks=2) == ["embedding", "ffn", "q_proj", "norm"]
+    with pytest.raises(UserError, match=r"embedding has 524300 elements on each of 3 ranks, which is no multiple of 256.*offload to cpu"):
+        in_order(sizes | {"embedding": 3 * 524300}, ranks=3)
 
 
 # --- what has to be built -------------------------------------------------------------------------------------------------------------
@@ -142,7 +161,7 @@ def test_a_build_is_announced_and_its_progress_said(tmp_path, monkeypatch):
     with _announced("shm", tmp_path, files=2, say=said.append):
         (tmp_path / "one.o").touch()
         time.sleep(0.2)
-    assert said[0].startswith("building shm, which DeepSpeed needs on a CPU") and str(tmp_path) in said[0]
+    assert said[0].startswith("building shm, which DeepSpeed needs for this run") and str(tmp_path) in said[0]
     assert "1 of 2 files compiled" in said[-2] and said[-1].startswith("built shm in 0 s")
     with pytest.raises(RuntimeError), _announced("shm", tmp_path, files=2, say=said.append):
         raise RuntimeError

@@ -7,22 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_runs import LINE, MEGATRON_ON_CPU, llmtrain, losses, write_facts
+from engine_runs import LINE, MEGATRON_ON_CPU, TOY, llmtrain, losses, write_facts
 from worlds import run_world
 
 from llmtrain.compat import extension_folder
 from llmtrain.packages import installed_version
 
 pytestmark = pytest.mark.deepspeed
-TOY = """
-name: base
-device: cpu
-model: {layers: 2, hidden: 64, vocab_size: 400, max_seq_len: 128, attention: {heads: 2}, ffn: {hidden: 128}, tie_embeddings: true}
-tokenizer: {path: tokenizer}
-data: {train: [{path: facts.jsonl, template: chatml}]}
-train: {steps: 1, seq_len: 64, global_batch: 2}
-checkpoint: {every: 0, export: hf}
-"""
 TUNE = """
 device: cpu
 model: {pretrained: runs/base/hf}

@@ -1,4 +1,5 @@
-"""Ops of liger-kernel and apex: what we ask of them is what the formula says, on stand-ins with their signatures. Not run on hardware."""
+"""Ops of liger-kernel, apex and Transformer Engine: what we ask of them is what the formula says, on stand-ins with their signatures. Not
+run on hardware."""
 
 import importlib
 import importlib.util
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import apex_package
 import liger_package
 import pytest
+import te_package
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -20,8 +22,10 @@ from llmtrain.config.train import OptimConfig
 from llmtrain.engine.local_optimizer import LocalOptimizer
 from llmtrain.ops import Call, choose, implementations
 from llmtrain.ops.adamw import adamw_loop
-from llmtrain.ops.apex import adamw_apex, rms_norm_apex
+from llmtrain.ops.apex import adamw_apex, layer_norm_apex, rms_norm_apex
 from llmtrain.ops.liger import cross_entropy_liger, rms_norm_liger, rope_liger, swiglu_liger
+from llmtrain.ops.norm import layer_norm_reference
+from llmtrain.ops.transformer_engine import adamw_te, layer_norm_te, rms_norm_te
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """In units of the largest number: about two roundings of the dtype, as the stand-ins compute in float64."""
@@ -34,7 +38,7 @@ needs_liger = pytest.mark.skipif(not REAL, reason="the package liger-kernel and 
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    for name, module in (liger_package.MODULES | apex_package.MODULES).items():
+    for name, module in (liger_package.MODULES | apex_package.MODULES | te_package.MODULES).items():
         monkeypatch.setitem(sys.modules, name, module)
 
 
@@ -70,21 +74,31 @@ def check(ours, formula, tensors, wanted, *, times=1):
 
 @DRAWN
 @given(rows=st.integers(1, 5), width=st.integers(1, 30), dtype=DTYPES, seed=st.integers(0, 99))
-@pytest.mark.parametrize("ours", [rms_norm_liger, rms_norm_apex])
+@pytest.mark.parametrize("ours", [rms_norm_liger, rms_norm_apex, rms_norm_te])
 def test_rms_norm(stand_ins, ours, rows, width, dtype, seed):
     torch.manual_seed(seed)
     weight = torch.randn(width).to(dtype)
     check(lambda x, w: ours(x, w, 1e-6), rms_norm, [torch.randn(rows, 2, width).to(dtype), weight], 2)
 
 
-@pytest.mark.parametrize(("ours", "bound"), [(rms_norm_liger, 4e-3), (rms_norm_apex, 8e-3)])
+@DRAWN
+@given(rows=st.integers(1, 5), width=st.integers(2, 30), biased=st.booleans(), dtype=DTYPES, seed=st.integers(0, 99))
+@pytest.mark.parametrize("ours", [layer_norm_apex, layer_norm_te])
+def test_layer_norm(stand_ins, ours, rows, width, biased, dtype, seed):
+    torch.manual_seed(seed)
+    tensors = [torch.randn(2, rows, width).to(dtype).transpose(0, 1), *torch.randn(1 + biased, width).to(dtype)]
+    calls = [lambda x, w, b=None, f=f: f(x, w, b, 1e-3) for f in (ours, layer_norm_reference)]
+    check(*calls, tensors, len(tensors), times=2)  # a mean of few numbers is taken away, which leaves less of them
+
+
+@pytest.mark.parametrize(("ours", "bound"), [(rms_norm_liger, 4e-3), (rms_norm_apex, 8e-3), (rms_norm_te, 8e-3)])
 def test_an_fp32_weight_beside_bf16(stand_ins, ours, bound):
     x, weight = torch.randn(7, 64).bfloat16(), torch.randn(64, requires_grad=True)
     out = ours(x, weight, 1e-6)
     (grad,) = torch.autograd.grad(out, weight, torch.ones_like(out))
     want = rms_norm(x.double(), weight.detach().double())
     assert out.dtype == torch.bfloat16 and grad.dtype == torch.float32
-    assert ((out - want).abs() <= bound * want.abs()).all()  # one rounding, and for apex another of the weight
+    assert ((out - want).abs() <= bound * want.abs()).all()  # one rounding, and but for liger another of the weight
 
 
 def rope_tensors(rows, shared, length, half, dtype, strided):
@@ -170,16 +184,18 @@ def trained(adamw, *, steps_before):
     return torch.stack([parameter.detach() for parameter in parameters.values()])
 
 
+@pytest.mark.parametrize("fused", [adamw_apex, adamw_te])
 @pytest.mark.parametrize("steps_before", [0, 7])
-def test_fused_adam_is_adamw_from_any_step(stand_ins, steps_before):
-    got, want = (trained(adamw, steps_before=steps_before) for adamw in (adamw_apex, adamw_loop))
+def test_fused_adam_is_adamw_from_any_step(stand_ins, fused, steps_before):
+    got, want = (trained(adamw, steps_before=steps_before) for adamw in (fused, adamw_loop))
     torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
 
 
-def test_fused_adam_alone_has_one_count_for_a_group(stand_ins):
+@pytest.mark.parametrize("fused", [adamw_apex, adamw_te])
+def test_fused_adam_alone_has_one_count_for_a_group(stand_ins, fused):
     """Without a state from elsewhere; a parameter whose gradients begin late is corrected as the others are."""
     late, first = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
-    adamw = adamw_apex([{"params": [late, first], "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+    adamw = fused([{"params": [late, first], "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.99), eps=1e-8)
     adamw.step()
     for step in range(3):
         first.grad, late.grad = torch.ones(3), torch.ones(3) if step == 2 else None
@@ -221,7 +237,11 @@ ENTRIES = [
     ("swiglu", "liger"),
     ("cross_entropy", "liger"),
     ("rms_norm", "apex"),
+    ("layer_norm", "apex"),
     ("adamw", "apex"),
+    ("rms_norm", "transformer_engine"),
+    ("layer_norm", "transformer_engine"),
+    ("adamw", "transformer_engine"),
 ]
 GPU = Call(device="cuda", dtype=torch.float32, capability=(9, 0))
 
@@ -237,7 +257,8 @@ def test_they_serve_cuda_alone_and_only_when_named(op, name, monkeypatch):
     assert entry.refusal(replace(GPU, device="cpu")) == "runs on cuda, not on cpu"
     assert "not float64" in entry.refusal(replace(GPU, dtype=torch.float64))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert {"liger": "pip install liger-kernel", "apex": "NVIDIA's apex"}[name] in entry_named(op, name).probe.__wrapped__()
+    said = {"liger": "pip install liger-kernel", "apex": "NVIDIA's apex", "transformer_engine": "'transformer_engine[pytorch]'"}
+    assert said[name] in entry_named(op, name).probe.__wrapped__()
 
 
 def test_the_wrong_apex_is_refused_and_one_without_its_extensions(tmp_path, monkeypatch):
@@ -256,3 +277,14 @@ def test_the_wrong_apex_is_refused_and_one_without_its_extensions(tmp_path, monk
     (tmp_path / "amp_C.py").write_text("")
     importlib.invalidate_caches()
     assert probe() is None
+
+
+def test_transformer_engine_without_its_part_for_torch_is_refused(tmp_path, monkeypatch):
+    probe = entry_named("rms_norm", "transformer_engine").probe.__wrapped__
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").write_text("raise RuntimeError('a probe imports nothing')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert probe().startswith("needs transformer_engine with its part for torch")
+    (tmp_path / "transformer_engine_torch-2.20.2.dist-info").mkdir()
+    (tmp_path / "transformer_engine_torch-2.20.2.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: t\nVersion: 2.20.2\n")
+    assert probe() is None, "the wheel has it in a folder of transformer_engine"

@@ -1,29 +1,17 @@
 """`llmtrain sft`: from a pretrained model and a few lines of JSON to a folder that answers as it was taught."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from chat_tokenizer import byte_level
+from engine_runs import FACTS, TOY, llmtrain, losses, messages, write_chats, write_facts
 
 from llmtrain.cli import main
 from llmtrain.data.chat.template import CHATML
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("sft")
-TOY = """
-name: base
-device: cpu
-model: {layers: 2, hidden: 64, vocab_size: 400, max_seq_len: 128, attention: {heads: 2}, ffn: {hidden: 128}, tie_embeddings: true}
-tokenizer: {path: tokenizer}
-data: {train: [{path: facts.jsonl, template: chatml}]}
-train: {steps: 1, seq_len: 64, global_batch: 2}
-checkpoint: {every: 0, export: hf}
-"""
 TUNE = """
 device: cpu
 model: {pretrained: runs/base/hf}
@@ -35,26 +23,6 @@ train: {epochs: 60, seq_len: 32, global_batch: 2, micro_batch: 1, validate_sampl
 parallel: {dp_shard: 2}
 checkpoint: {every: 0, export: hf}
 """
-FACTS = [(f"What is {a} + {b}?", f"It is {a + b}.") for a, b in ((1, 2), (2, 2), (4, 5), (3, 3))]
-
-
-def messages(question: str, answer: str | None = None) -> list[dict]:
-    asked = [{"role": "user", "content": question}]
-    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
-
-
-def write(path: Path, facts) -> None:
-    path.write_text("".join(json.dumps({"messages": messages(*fact)}) + "\n" for fact in facts))
-
-
-def llmtrain(place: Path, *words: str) -> str:
-    """What `llmtrain WORDS` prints in `place`, in processes of its own."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "llmtrain", *words]
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def answers(place: Path, folder: str, questions, *, tokens: int = 12) -> list[str]:
@@ -78,19 +46,13 @@ def answers_of_transformers(folder: Path, questions, *, tokens: int = 12) -> lis
     return found
 
 
-def losses(run: Path) -> list[float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "train"]
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A toy model with weights, and facts to teach it; the third line is no conversation."""
     place = tmp_path_factory.mktemp("sft")
-    byte_level(place / "tokenizer")
+    write_facts(place)
     (place / "toy.yaml").write_text(TOY)
     (place / "tune.yaml").write_text(TUNE)
-    write(place / "facts.jsonl", FACTS)
     llmtrain(place, "train", "-c", "toy.yaml")
     lines = (place / "facts.jsonl").read_text().splitlines()
     (place / "facts.jsonl").write_text("\n".join([*lines[:2], '{"messages": "none"}', *lines[2:]]))
@@ -197,7 +159,7 @@ def test_smollm2_s_own_template_and_tokenizer(smollm2):
 
 def test_smollm2_is_taught_on_two_ranks_and_transformers_agrees(smollm2, tmp_path):
     """With the shipped configuration: template, special tokens and stop token are the model's own."""
-    write(tmp_path / "capitals.jsonl", CAPITALS)
+    write_chats(tmp_path / "capitals.jsonl", CAPITALS)
     given = {"model.pretrained": smollm2, "data.train": "capitals.jsonl", "device": "cpu", "precision": "fp32", "parallel.dp_shard": 2}
     given |= {"train.steps": 6, "train.seq_len": 96, "train.global_batch": 2, "train.micro_batch": 1, "train.compile": "off"}
     given |= {"optim.lr": 3e-4, "schedule.kind": "constant", "schedule.warmup_steps": 0, "checkpoint.every": 0}

@@ -1,15 +1,26 @@
-"""Whole runs as a user starts them, for tests of engines: the command, its losses, and a few facts to learn."""
+"""Whole runs as a user starts them, for tests of engines and of fine-tuning: the command, its losses, a toy and a few facts to learn."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from chat_tokenizer import byte_level
 
 ROOT = Path(__file__).parents[2]
 FACTS = [(f"What is {a} + {b}?", f"It is {a + b}.") for a, b in ((1, 2), (2, 2), (4, 5), (3, 3))]
+TOY = """
+name: base
+device: cpu
+model: {layers: 2, hidden: 64, vocab_size: 400, max_seq_len: 128, attention: {heads: 2}, ffn: {hidden: 128}, tie_embeddings: true}
+tokenizer: {path: tokenizer}
+data: {train: [{path: facts.jsonl, template: chatml}]}
+train: {steps: 1, seq_len: 64, global_batch: 2}
+checkpoint: {every: 0, export: hf}
+"""
+"""The configuration of a toy whose weights, runs/base/hf, are there to be tuned on the facts."""
 LINE = "In year {} the king said {} words to the queen, and nobody heard them at all. "
 MEGATRON_ON_CPU = ("--engine", "megatron", "--plugins", "[megatron_cpu]")
 """The plugin lets megatron-core do without CUDA in the processes of the run."""
@@ -18,8 +29,18 @@ MEGATRON_ON_CPU = ("--engine", "megatron", "--plugins", "[megatron_cpu]")
 def write_facts(place: Path) -> None:
     """FACTS as conversations in facts.jsonl, and a tokenizer."""
     byte_level(place / "tokenizer")
-    chats = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in FACTS]
-    (place / "facts.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    write_chats(place / "facts.jsonl", FACTS)
+
+
+def write_chats(path: Path, facts: Iterable[tuple[str, str]]) -> None:
+    """Questions and answers as conversations."""
+    path.write_text("".join(json.dumps({"messages": messages(*fact)}) + "\n" for fact in facts))
+
+
+def messages(question: str, answer: str | None = None) -> list[dict]:
+    """A question and, if there is one, its answer, as a conversation has them."""
+    asked = [{"role": "user", "content": question}]
+    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
 
 
 def llmtrain(place: Path, *words: str, code: int = 0, **env: str) -> str:

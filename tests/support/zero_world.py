@@ -95,6 +95,31 @@ def _given_up(changes: dict) -> dict:
     return {"unchanged": unchanged, "nan": math.isnan(norm), "figures": found, "same": same_bits(run.whole(), other.whole())}
 
 
+def scaled(cases: dict[str, dict], steps: int) -> dict[str, dict]:
+    """Steps in fp16 as the loop takes them. DeepSpeed is told that this CPU has fp16: it asks oneDNN, while torch computes it anywhere."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    return {name: _scaled(changes, steps) for name, changes in cases.items()}
+
+
+def _scaled(changes: dict, steps: int) -> dict:
+    """By step: the loss, the norm or None where it overflowed, the scale of the step, and whether an overflow left the state alone."""
+    run, found = Run(changes), {"losses": [], "norms": [], "scales": [], "alone": []}
+    for index in range(steps):
+        found["scales"].append(run.engine.extra_state()["loss_scale"]["value"])
+        found["losses"].append(run.engine.forward_backward(run.batches(index)).loss)
+        lost = run.engine.overflowed()
+        found["norms"].append(None if lost else run.engine.grad_norm())
+        if lost:
+            before = run.whole()
+            run.engine.discard()
+            found["alone"].append(same_bits(run.whole(), before))
+        else:
+            run.engine.apply(lr=run.plan.step(index).lr)
+    return found | {"taken": run.engine.steps_taken}
+
+
 def evaluated(cases: dict[str, dict]) -> dict[str, dict]:
     """After a step: validation loss, logits and the weights as they are exported; then the loss and norm of another step."""
     found = {}

@@ -26,6 +26,26 @@ class FusedRMSNormAffineFunction(torch.autograd.Function):
         return grad_input.to(input.dtype), grad_weight.to(weight.dtype), None, None, None
 
 
+class FusedLayerNormAffineFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, normalized_shape, eps, memory_efficient=False):
+        assert weight.dtype == bias.dtype == input.dtype and tuple(normalized_shape) == weight.shape and not memory_efficient
+        ctx.save_for_backward(input, weight)
+        ctx.eps = eps
+        wide = input.double()
+        return torch.nn.functional.layer_norm(wide, weight.shape, weight.double(), bias.double(), eps).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight = ctx.saved_tensors
+        centred, grad = input.double() - input.double().mean(-1, keepdim=True), grad_output.double()
+        scale = (centred.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        slope = grad * weight.double()
+        grad_input = scale * (slope - slope.mean(-1, keepdim=True) - centred * scale.square() * (slope * centred).mean(-1, keepdim=True))
+        grad_weight, grad_bias = ((grad * factor).flatten(0, -2).sum(0).to(weight.dtype) for factor in (centred * scale, 1.0))
+        return grad_input.to(input.dtype), grad_weight, grad_bias, None, None, None
+
+
 class FusedAdam(torch.optim.Optimizer):
     def __init__(
         self,
@@ -48,6 +68,10 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, grads=None, output_params=None, scale=None, grad_norms=None, grad_scaler=None):
+        self.advance()
+
+    def advance(self):
+        """Apart from `step`, around which torch calls hooks, once for every class that has one."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             for p in group["params"]:
@@ -70,6 +94,8 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 MODULES = {
-    "apex.normalization.fused_layer_norm": SimpleNamespace(FusedRMSNormAffineFunction=FusedRMSNormAffineFunction),
+    "apex.normalization.fused_layer_norm": SimpleNamespace(
+        FusedRMSNormAffineFunction=FusedRMSNormAffineFunction, FusedLayerNormAffineFunction=FusedLayerNormAffineFunction
+    ),
     "apex.optimizers": SimpleNamespace(FusedAdam=FusedAdam),
 }
