@@ -17,6 +17,7 @@ import yaml
 from llmtrain.errors import UserError
 from llmtrain.hardware.cores import allowed_cpus, bind, place, read_cores
 from llmtrain.tools.plan.calibrate_links import collectives
+from llmtrain.tools.plan.calibrate_memory import retained
 
 SECONDS = 0.9
 """That each operator is measured for, after a third of them to warm up."""
@@ -33,7 +34,12 @@ def main(argv: list[str]) -> int:
         print(json.dumps(_measure(options.rank, options.ranks, Path(options.store))))
         return 0
     found = measured(options.ranks)
-    Path(options.out).write_text(yaml.safe_dump(description(found, options.ranks), sort_keys=False))
+    values = description(found, options.ranks)
+    if options.memory:
+        source = f"two runs of `llmtrain plan calibrate --ranks {options.ranks} --memory`"
+        both = zip(("process", "retained"), retained(values, options.ranks))
+        values["rates"] |= {name: {"value": float(f"{value:.4g}"), "source": source} for name, value in both}
+    Path(options.out).write_text(yaml.safe_dump(values, sort_keys=False))
     rates = f"{found['float32'] / 1e9:,.0f} GFLOP/s in fp32, {found['bandwidth'] / 1e9:,.1f} GB/s"
     print(f"wrote {options.out}: {rates}, for each of {options.ranks}")
     return 0
@@ -44,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("llmtrain plan calibrate", description="measure this machine (CPU) and write its description")
     found.add_argument("--ranks", type=int, default=1, help="processes that a run will have here, which share its cores and memory (1)")
     found.add_argument("--out", default="this-machine.yaml", metavar="FILE", help="this-machine.yaml if not given")
+    found.add_argument("--memory", action="store_true", help="measure what processes hold beside tensors, too, by two small runs")
     found.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     found.add_argument("--store", default="", help=argparse.SUPPRESS)
     return found
