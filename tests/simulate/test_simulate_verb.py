@@ -132,7 +132,7 @@ def test_the_papers_figures():
 
 def test_calibration_is_read_back(tmp_path):
     out = tmp_path / "mine.yaml"
-    words = ["plan", "calibrate", "--ranks", "2", "--out", str(out)]
+    words = ["plan", "calibrate", "--ranks", "2", "--seconds", "0.05", "--out", str(out)]
     subprocess.run([sys.executable, "-m", "llmtrain", *words], cwd=ROOT, check=True, capture_output=True)
     machine = load(str(out))
     assert machine.peak_flops("float32") > 1e9 and machine.devices_per_node == 2 and machine.cores
