@@ -11,8 +11,6 @@ the runs have other shapes. bench/README.md says more.
 import argparse
 import json
 import os
-import random
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from llmtrain.simulate.events import replay
 from llmtrain.simulate.memory import peak
 from llmtrain.simulate.of_config import case_of
 from llmtrain.simulate.rates import fitted
+from llmtrain.tools.plan.calibrate_memory import command, corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = {
@@ -38,8 +37,6 @@ DENSE = {
     "max_seq_len": 512,
 }
 MIXTURE = {**DENSE, "layers": 4, "hidden": 384, "attention": {"heads": 6}, "ffn": {"kind": "moe", "experts": 8, "top_k": 2, "hidden": 512}}
-NOTHING = {**DENSE, "layers": 1, "hidden": 64, "attention": {"heads": 1}, "ffn": {"hidden": 128}}
-"""Of the run whose memory is that of processes that train."""
 TRAIN = {"seq_len": 512, "global_batch": 8, "micro_batch": 2, "compile": "off"}
 
 
@@ -89,10 +86,9 @@ def main() -> None:
         folder = Path(text)
         corpus(folder)
         machines = {ranks: calibrated(folder, ranks) for ranks in sorted({run.ranks for run in chosen})}
-        empty = {ranks: bare(folder, ranks, machine) for ranks, machine in machines.items()}
         known = measured_before(Path(options.measured)) if options.measured else {}
-        rows = [row(run, folder, machines[run.ranks], options, empty[run.ranks], known.get(run.name)) for run in chosen]
-    Path(options.out).write_text(page(rows, options, empty))
+        rows = [row(run, folder, machines[run.ranks], options, known.get(run.name)) for run in chosen]
+    Path(options.out).write_text(page(rows, options))
     print(Path(options.out).read_text())
 
 
@@ -105,32 +101,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--measured", metavar="PAGE", help="a page of this bench: its measured columns are taken, and predicted anew")
     parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "plan-cpu.md"))
     return parser.parse_args()
-
-
-def llmtrain(*words: str) -> None:
-    """Run a command of llmtrain; its output is shown where it fails."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-m", "llmtrain", *words], env=env, capture_output=True, text=True)
-    if found.returncode:
-        raise SystemExit(found.stdout[-2000:] + found.stderr[-4000:])
-
-
-def corpus(folder: Path) -> None:
-    """A text of made-up words, its tokenizer of 4,096 pieces and its tokens."""
-    draw = random.Random(1)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(8000)]
-    (folder / "text.txt").write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(12_000)))
-    llmtrain("data", "tokenizer", "--input", f"{folder}/text.txt", "--vocab-size", "4096", "--out", f"{folder}/tokenizer.model")
-    rest = ("--tokenizer", f"{folder}/tokenizer.model", "--out", f"{folder}/text", "--validation", "0.05", "--split", "line")
-    llmtrain("data", "tokenize", "--input", f"{folder}/text.txt", *rest)
-
-
-def bare(folder: Path, ranks: int, machine: Path) -> float:
-    """Bytes of a process of so many that train next to nothing, beside what the planner says of that."""
-    run = Run(f"nothing-{ranks}", ranks, {"dp_shard": ranks} if ranks > 1 else {}, NOTHING, {"seq_len": 64, "micro_batch": 1})
-    place = folder / "nothing"
-    place.mkdir(exist_ok=True)
-    return measure(run, place, folder, 3)[1] - peak(case(run, folder, 3, machine))
 
 
 def case(run: Run, folder: Path, steps: int, machine: Path) -> Case:
@@ -152,7 +122,7 @@ def _number(cell: str) -> float:
 def calibrated(folder: Path, ranks: int) -> Path:
     """This machine's description for so many ranks."""
     out = folder / f"cpu-{ranks}.yaml"
-    llmtrain("plan", "calibrate", "--ranks", str(ranks), "--out", str(out))
+    command("plan", "calibrate", "--memory", "--ranks", str(ranks), "--out", str(out))
     return out
 
 
@@ -177,7 +147,7 @@ class Row:
         return max(self.seconds) / min(self.seconds) - 1
 
 
-def row(run: Run, folder: Path, machine: Path, options: argparse.Namespace, empty: float, known: tuple[float, float, float] | None) -> Row:
+def row(run: Run, folder: Path, machine: Path, options: argparse.Namespace, known: tuple[float, float, float] | None) -> Row:
     """Make one run as often as asked, if it is not `known`, and predict it."""
     print(f"{run.name} ...", flush=True)
     if known:
@@ -187,7 +157,7 @@ def row(run: Run, folder: Path, machine: Path, options: argparse.Namespace, empt
         found = [measure(run, folder / str(repeat), folder, options.steps) for repeat in range(options.repeats)]
         times, held = tuple(time for time, _ in found), max(size for _, size in found)
     asked = case(run, folder, options.steps, machine)
-    return Row(run, times, held, replay(asked, fitted()).step.seconds, peak(asked) + empty)
+    return Row(run, times, held, replay(asked, fitted()).step.seconds, peak(asked))
 
 
 def measure(run: Run, place: Path, folder: Path, steps: int) -> tuple[float, float]:
@@ -196,14 +166,14 @@ def measure(run: Run, place: Path, folder: Path, steps: int) -> tuple[float, flo
     values = run.config(folder, steps) | {"output": str(place)}
     file = place / f"{run.name}.yaml"
     file.write_text(json.dumps(values))
-    llmtrain("train", "-c", str(file))
+    command("train", "-c", str(file))
     lines = [json.loads(line) for line in (place / run.name / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "tokens_per_second" in line][min(2, steps - 1) :]
     tokens = values["train"]["seq_len"] * values["train"]["global_batch"]
     return tokens / median(line["tokens_per_second"] for line in train), max(line["memory_gb"] for line in train) * 2**30
 
 
-def page(rows: list[Row], options: argparse.Namespace, empty: dict[int, float]) -> str:
+def page(rows: list[Row], options: argparse.Namespace) -> str:
     """The result."""
     pairs = [(a, b) for a, b in combinations(rows, 2)]
     right = sum((a.measured < b.measured) == (a.predicted < b.predicted) for a, b in pairs)
@@ -213,12 +183,7 @@ def page(rows: list[Row], options: argparse.Namespace, empty: dict[int, float]) 
         if options.measured
         else f"; {options.repeats} repeats of {options.steps} steps"
     )
-    processes = ", ".join(f"{size / 2**20:.0f} MiB with {ranks}" for ranks, size in empty.items())
-    lines = [
-        "# Predicted and measured on a CPU",
-        "",
-        f"{how}. A process that trains next to nothing takes {processes}, which is predicted too.",
-    ]
+    lines = ["# Predicted and measured on a CPU", "", f"{how}."]
     lines += ["", "| run | ranks | step | spread of repeats | predicted | error | memory | predicted | error |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for one in rows:

@@ -59,6 +59,10 @@ class Rates(_Frozen):
     """Rate of the products of experts over that of other products."""
     collectives: list[Collective] = []
     """Each kind of collective by itself; where there are any, `links` and `latency` are not asked."""
+    process: Quantity | None = None
+    """Bytes of a process that trains, beside its tensors, where devices are ranks on a processor."""
+    retained: Quantity | None = None
+    """Bytes that its allocator holds for each byte of tensors."""
     launch: Quantity | None = None
     """Seconds of the host's time for an operation."""
     latency: Quantity | None = None

@@ -65,7 +65,9 @@ def _of_rank(case: Case, rank: int, count: float, temporary: float, blocks: tupl
         else:
             moments = 0.0
     total = parameters + gradients + masters + moments + activations + logits + buffers
+    own = case.hardware.rates
     fragments = FRAGMENTS * total + WORKSPACE if habits.reserved else 0.0
+    fragments += (own.process.value if own.process else 0.0) + (own.retained.value - 1 if own.retained else 0.0) * total
     return Memory(parameters, gradients, masters + moments, activations, logits, buffers, fragments)
 
 

@@ -15,9 +15,9 @@ def _uneven(stages: tuple[Times, ...]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _rounds(p: int, v: int, n: int, profile: tuple[tuple[float, float], ...], transfer: float, pairs: bool) -> float:
-    """The time of an interleaved schedule by its lists for two and three rounds of micro-batches; each further one as much again."""
+    """The time of an interleaved schedule by its lists for four and five rounds of micro-batches; each further one as much again."""
     stages = [Times(forward, backward) for forward, backward in profile]
-    few = 2 * p + n % p
+    few = 4 * p + n % p
     short, longer = (
         finished(build("interleaved", ranks=p, virtual_stages=v, micro_batches=count, pairs=pairs), stages, transfer)
         for count in (few, few + p)
@@ -54,14 +54,16 @@ def pipeline_seconds(case: Case, stages: tuple[Times, ...], ranks: list[tuple[in
         return n * worst + (p - 1) * sum(loads) / p + sends
     if case.kind == "1f1b":
         return (n - 1) * max(worst, _round_trip(loads, transfer)) + sum(loads) + sends
-    if case.kind == "interleaved" and n >= 3 * p:
-        if not _uneven(stages):
-            return (n - 1) * worst + sum(loads) / v + worst * (1 - 1 / v) + sends
+    if case.kind == "interleaved" and n >= 3 * p and not _uneven(stages):
+        return (n - 1) * worst + sum(loads) / v + worst * (1 - 1 / v) + sends
+    if case.kind == "interleaved" and n > 5 * p:
         unit = sum(loads) / case.stages
         profile = tuple((round(one.forward / unit, 2), round(one.backward / unit, 2)) for one in stages)
-        return unit * _rounds(p, v, n, profile, round(transfer / unit, 3), case.overlap_micro_batches)
-    few = n if n <= 4 * p else 3 * p + n % p
+        rounded = max(sum(sum(profile[s]) for s in own) for own in ranks)
+        return worst / rounded * _rounds(p, v, n, profile, round(transfer / unit, 3), case.overlap_micro_batches)
+    few = n if n <= (5 if case.kind == "interleaved" else 4) * p else 3 * p + n % p
     unit = sum(loads) / case.stages
     profile = tuple((round(one.forward / unit, 2), round(one.inputs / unit, 2), round(one.weights / unit, 2)) for one in stages)
     pairs = case.overlap_micro_batches
-    return unit * _listed(case.kind, p, v, few, profile, round(transfer / unit, 3), pairs) + (n - few) * worst
+    rounded = max(sum(sum(profile[s]) for s in own) for own in ranks)
+    return worst / rounded * _listed(case.kind, p, v, few, profile, round(transfer / unit, 3), pairs) + (n - few) * worst

@@ -108,4 +108,4 @@ def test_rates_decide():
 
 def test_memory_is_compared_per_rank():
     row = next(row for row in read() if row.id == "P069")
-    assert row.row["mem_gib"].count("|") == 7 and 0 < memory_error(row) < 0.1
+    assert row.row["mem_gib"].count("|") == 7 and 0 < memory_error(row) < 0.15

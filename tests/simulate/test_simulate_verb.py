@@ -17,6 +17,7 @@ from llmtrain.simulate.memory import memory
 from llmtrain.simulate.of_config import case_of
 from llmtrain.simulate.rates import fitted
 from llmtrain.simulate.search import candidates, search
+from llmtrain.simulate.step import price
 from llmtrain.tools.plan.papers import bigmac_speedup, lines
 
 ROOT = Path(__file__).parents[2]
@@ -131,9 +132,12 @@ def test_the_papers_figures():
 
 def test_calibration_is_read_back(tmp_path):
     out = tmp_path / "mine.yaml"
-    words = ["plan", "calibrate", "--ranks", "2", "--out", str(out)]
+    words = ["plan", "calibrate", "--ranks", "2", "--seconds", "0.05", "--out", str(out)]
     subprocess.run([sys.executable, "-m", "llmtrain", *words], cwd=ROOT, check=True, capture_output=True)
     machine = load(str(out))
-    assert machine.peak_flops("float32") > 1e9 and machine.links["node"].value > 1e6 and machine.devices_per_node == 2
+    assert machine.peak_flops("float32") > 1e9 and machine.devices_per_node == 2 and machine.cores
+    kinds = {(one.kind, one.ranks) for one in machine.rates.collectives if one.value > 1e6}
+    assert kinds == {(kind, 2) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")}
     small = {"model": {"preset": "smollm2_135m"}, "parallel": {"dp_shard": 2}, "train": {"steps": 1}}
-    assert case_of(RunConfig.load(small), machine, 2).devices == 2
+    case = case_of(RunConfig.load(small), machine, 2)
+    assert case.devices == 2 and price(case, fitted()).parts["dp sends"] > 0

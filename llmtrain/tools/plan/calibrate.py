@@ -17,9 +17,10 @@ import yaml
 from llmtrain.errors import UserError
 from llmtrain.hardware.cores import allowed_cpus, bind, place, read_cores
 from llmtrain.tools.plan.calibrate_links import collectives
+from llmtrain.tools.plan.calibrate_memory import retained
 
 SECONDS = 0.9
-"""That each operator is measured for, after a third of them to warm up."""
+"""That each operator is measured for if not said, after a third of them to warm up."""
 BATCH, HEADS, LENGTH, WIDTH = 4, 4, 512, 64
 """Of the attention that is measured."""
 GATE = (1024, 768, 2048)
@@ -30,10 +31,15 @@ def main(argv: list[str]) -> int:
     """Measure in as many processes as a run would have, and write the file; returns 0."""
     options = parser().parse_args(argv)
     if options.rank is not None:
-        print(json.dumps(_measure(options.rank, options.ranks, Path(options.store))))
+        print(json.dumps(_measure(options.rank, options.ranks, Path(options.store), options.seconds)))
         return 0
-    found = measured(options.ranks)
-    Path(options.out).write_text(yaml.safe_dump(description(found, options.ranks), sort_keys=False))
+    found = measured(options.ranks, options.seconds)
+    values = description(found, options.ranks)
+    if options.memory:
+        source = f"two runs of `llmtrain plan calibrate --ranks {options.ranks} --memory`"
+        both = zip(("process", "retained"), retained(values, options.ranks))
+        values["rates"] |= {name: {"value": float(f"{value:.4g}"), "source": source} for name, value in both}
+    Path(options.out).write_text(yaml.safe_dump(values, sort_keys=False))
     rates = f"{found['float32'] / 1e9:,.0f} GFLOP/s in fp32, {found['bandwidth'] / 1e9:,.1f} GB/s"
     print(f"wrote {options.out}: {rates}, for each of {options.ranks}")
     return 0
@@ -44,16 +50,19 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("llmtrain plan calibrate", description="measure this machine (CPU) and write its description")
     found.add_argument("--ranks", type=int, default=1, help="processes that a run will have here, which share its cores and memory (1)")
     found.add_argument("--out", default="this-machine.yaml", metavar="FILE", help="this-machine.yaml if not given")
+    found.add_argument("--memory", action="store_true", help="measure what processes hold beside tensors, too, by two small runs")
+    found.add_argument("--seconds", type=float, default=SECONDS, help=f"how long each operator is measured ({SECONDS})")
     found.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     found.add_argument("--store", default="", help=argparse.SUPPRESS)
     return found
 
 
-def measured(ranks: int) -> dict[str, Any]:
+def measured(ranks: int, least: float = SECONDS) -> dict[str, Any]:
     """What the ranks reach on average while all of them measure. Raises UserError if one fails."""
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"OMP_NUM_THREADS": str(threads(ranks))}
         words = [sys.executable, "-m", "llmtrain", "plan", "calibrate", "--ranks", str(ranks), "--store", f"{folder}/store"]
+        words += ["--seconds", str(least)]
         started = [subprocess.Popen([*words, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=env) for rank in range(ranks)]
         texts = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
@@ -64,7 +73,7 @@ def measured(ranks: int) -> dict[str, Any]:
     return found | {"collectives": [(*same[0][:2], *(fmean(one[at] for one in same) for at in (2, 3))) for same in links]}
 
 
-def _measure(rank: int, ranks: int, store: Path) -> dict[str, Any]:
+def _measure(rank: int, ranks: int, store: Path, least: float) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
@@ -72,9 +81,9 @@ def _measure(rank: int, ranks: int, store: Path) -> dict[str, Any]:
     bind(place(ranks, rank, cores=read_cores(allowed_cpus())).cpus)  # as the launcher binds the ranks of a run
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    found: dict[str, Any] = {name: _products(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    found |= {"grouped": _grouped() / found["float32"], "bandwidth": _elementwise(), "launch": _small()}
-    forward, backward = _attention()
+    found: dict[str, Any] = {name: _products(getattr(torch, name), least) for name in ("float32", "bfloat16")}
+    found |= {"grouped": _grouped(least) / found["float32"], "bandwidth": _elementwise(least), "launch": _small(least)}
+    forward, backward = _attention(least)
     found |= {"attention": forward / found["float32"], "attention_backward": backward / forward}
     found["collectives"] = collectives(rank, ranks) if ranks > 1 else []
     if ranks > 1:
@@ -83,7 +92,7 @@ def _measure(rank: int, ranks: int, store: Path) -> dict[str, Any]:
     return found
 
 
-def _seconds(call: Callable[[], Any], *, least: float = SECONDS) -> float:
+def _seconds(call: Callable[[], Any], least: float) -> float:
     """Of one call, on average over `least` seconds after a third of them that warm caches and clock up; all ranks at once."""
     import torch.distributed as dist
 
@@ -97,25 +106,25 @@ def _seconds(call: Callable[[], Any], *, least: float = SECONDS) -> float:
     return spent / calls
 
 
-def _products(dtype) -> float:
+def _products(dtype, least: float) -> float:
     """FLOP/s of the three products of a layer and its backward pass, [1024,768] by [768,768], about what a small model's blocks have."""
     import torch
 
     x, w, g = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype), torch.randn(1024, 768, dtype=dtype)
-    return 3 * 2 * 1024 * 768 * 768 / _seconds(lambda: (torch.nn.functional.linear(x, w), g @ w, g.t() @ x))
+    return 3 * 2 * 1024 * 768 * 768 / _seconds(lambda: (torch.nn.functional.linear(x, w), g @ w, g.t() @ x), least)
 
 
-def _grouped() -> float:
+def _grouped(least: float) -> float:
     """FLOP/s of the same for the few rows that come to each of eight experts."""
     import torch
 
     x, g = torch.randn(8, 192, 320), torch.randn(8, 192, 640)
     w = torch.randn(8, 640, 320)
     flops = 3 * 2 * 8 * 192 * 320 * 640
-    return flops / _seconds(lambda: [(torch.nn.functional.linear(a, b), c @ b, c.t() @ a) for a, b, c in zip(x, w, g)])
+    return flops / _seconds(lambda: [(torch.nn.functional.linear(a, b), c @ b, c.t() @ a) for a, b, c in zip(x, w, g)], least)
 
 
-def _elementwise() -> float:
+def _elementwise(least: float) -> float:
     """Bytes/s of a norm, a gate and a sum, forward and backward, counted as `simulate/blocks.py` counts them."""
     import torch
     import torch.nn.functional as F
@@ -128,18 +137,18 @@ def _elementwise() -> float:
         outs = (F.rms_norm(x, (hidden,), weight), F.silu(gate) * up, x + x.detach())
         torch.autograd.grad(outs, (x, gate, up, weight), outs)
 
-    return 4 * rows * (hidden * (2 + 3 + 6) + inside * (3 + 5)) / _seconds(run)
+    return 4 * rows * (hidden * (2 + 3 + 6) + inside * (3 + 5)) / _seconds(run, least)
 
 
-def _small() -> float:
+def _small(least: float) -> float:
     """Seconds of a layer that computes next to nothing."""
     import torch
 
     layer, x = torch.nn.Linear(8, 8), torch.randn(8, 8)
-    return _seconds(lambda: [layer(x) for _ in range(100)]) / 100
+    return _seconds(lambda: [layer(x) for _ in range(100)], least) / 100
 
 
-def _attention() -> tuple[float, float]:
+def _attention(least: float) -> tuple[float, float]:
     """FLOP/s of causal attention, forward and backward, counted as `simulate/blocks.py` counts them."""
     import torch
 
@@ -151,8 +160,8 @@ def _attention() -> tuple[float, float]:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     flops = attention_flops(rows=BATCH * LENGTH, keys=(LENGTH + 1) / 2, heads=HEADS, width=2 * WIDTH)
-    forward = _seconds(run)
-    both = _seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad))
+    forward = _seconds(run, least)
+    both = _seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad), least)
     return flops / forward, 2.5 * flops / max(both - forward, 0.1 * both)
 
 
