@@ -72,10 +72,12 @@ def _build(builder: Any, mesh: Mesh, *, say: Callable[[str], Any]) -> None:
 
 
 def own_folder(package: Path) -> Path:
-    """Where extensions of the DeepSpeed at this path are built: two environments that share a folder would build anew at every change."""
+    """Where extensions of the DeepSpeed at this path are built: environments that share a folder would build anew whenever they take turns,
+    and so would two versions of ninja, each of which takes what the other has built for old."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    return Path(get_default_build_root()) / f"deepspeed-{hashlib.sha256(str(package.resolve()).encode()).hexdigest()[:8]}"
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+    return Path(get_default_build_root()) / f"deepspeed-{hashlib.sha256(f'{package.resolve()} {ninja}'.encode()).hexdigest()[:8]}"
 
 
 def built(name: str, folder: Path) -> bool:

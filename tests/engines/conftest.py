@@ -9,7 +9,8 @@ import worlds
 
 if importlib.util.find_spec("deepspeed") is not None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    worlds.PRELOADED.append("deepspeed")
+    # The second is imported by every optimizer of DeepSpeed, and brings torch's compiler with it: 2 s of each rank.
+    worlds.PRELOADED += ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 def pytest_addoption(parser):

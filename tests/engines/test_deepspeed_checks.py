@@ -112,9 +112,13 @@ def test_a_missing_compiler_is_named_with_what_to_install(tmp_path, monkeypatch)
     assert built("shm", tmp_path) and obstacle("shm", tmp_path) is None, "what is built needs no compiler"
 
 
-def test_environments_do_not_share_a_folder(tmp_path):
+def test_environments_do_not_share_a_folder(tmp_path, monkeypatch):
     a, b = (own_folder(tmp_path / venv / "deepspeed/__init__.py") for venv in "ab")
     assert a != b and a.parent == b.parent and a == own_folder(tmp_path / "a" / "deepspeed/__init__.py")
+    (tmp_path / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert own_folder(tmp_path / "a/deepspeed/__init__.py") not in (a, b), "another ninja takes what is there for old"
 
 
 def test_missing_ninja_and_headers_are_named(tmp_path, monkeypatch):

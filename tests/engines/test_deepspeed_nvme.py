@@ -17,10 +17,15 @@ GROUPS = {"zero_optimization": {"sub_group_size": 600_000}}
 """Several groups a rank, as a model has that does not fit in memory."""
 
 
-@pytest.fixture(scope="module", autouse=True)
+def has_libaio() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder().is_compatible()
+
+
+@pytest.fixture(scope="module")
 def async_io():
-    builder = pytest.importorskip("deepspeed.ops.op_builder", reason="deepspeed is not installed: make test-engines").AsyncIOBuilder()
-    if not builder.is_compatible():
+    if not has_libaio():
         pytest.skip("DeepSpeed's async_io cannot be built: libaio's header or library is not here (apt-get install libaio-dev)")
 
 
@@ -29,9 +34,19 @@ def nvme(folder, *, params: bool = False, ranks: int = 2) -> dict:
     return {"engine": {"kind": "deepspeed", "zero": 3, "options": merge(EVERY_PARAMETER, GROUPS)} | places, "parallel": {"dp_shard": ranks}}
 
 
-def test_a_run_goes_to_files_and_back(tmp_path_factory):
+def test_without_libaio_it_is_said(tmp_path, monkeypatch):
+    for name in ("CFLAGS", "LDFLAGS", "CPATH", "LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if has_libaio():
+        pytest.skip("libaio is installed on this machine")
+    args = {"changes": nvme(tmp_path), "folder": str(tmp_path), "start": 0, "steps": 1}
+    with pytest.raises(AssertionError, match="offloading to nvme needs DeepSpeed's AsyncIO, and the header libaio"):
+        run_world("zero_world:leg", 2, args=args, folder=tmp_path)
+
+
+def test_a_run_goes_to_files_and_back(async_io, tmp_path_factory):
     files, folder = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("run")
-    legs = [{}, nvme(files), nvme(files, params=True), nvme(files, ranks=1), {}]
+    legs = [nvme(files, params=True), {}, nvme(files), nvme(files, ranks=1), {}]
     found = []
     for number, changes in enumerate(legs):
         args = {"changes": merge(WIDE, changes), "folder": str(folder), "start": 2 * number, "steps": 2}
@@ -47,7 +62,7 @@ def test_a_run_goes_to_files_and_back(tmp_path_factory):
     assert loss_difference(whole, runs["alone"]) <= 5 * loss_difference(runs["control"], runs["alone"])
 
 
-def test_a_discarded_step_leaves_no_trace(tmp_path):
+def test_a_discarded_step_leaves_no_trace(async_io, tmp_path):
     cases = {"fp32": nvme(tmp_path), "bf16": nvme(tmp_path) | {"precision": "bf16"}, "params": nvme(tmp_path, params=True)}
     cases = {name: merge(merge(WIDE, changes), {"train": {"micro_batch": 1}}) for name, changes in cases.items()}
     for name, found in run_world("zero_world:given_up", 2, args={"cases": cases}, folder=tmp_path).items():
