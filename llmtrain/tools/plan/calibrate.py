@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 from typing import Any
 
 import yaml
@@ -70,7 +70,8 @@ def measured(ranks: int, least: float = SECONDS) -> dict[str, Any]:
     each = [json.loads(text.strip().splitlines()[-1]) for text in texts]
     found = {name: fmean(one[name] for one in each) for name in each[0] if name != "collectives"}
     links = zip(*(one["collectives"] for one in each))
-    return found | {"collectives": [(*same[0][:2], *(fmean(one[at] for one in same) for at in (2, 3))) for same in links]}
+    mean = [(*same[0][:2], harmonic_mean([one[2] for one in same]), fmean(one[3] for one in same)) for same in links]
+    return found | {"collectives": mean}
 
 
 def _measure(rank: int, ranks: int, store: Path, least: float) -> dict[str, Any]:

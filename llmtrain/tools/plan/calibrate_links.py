@@ -1,10 +1,11 @@
 """How long gloo's collectives take between ranks that share a machine: each kind over pairs and over all, all groups at once.
 
-As in a run: each comes after a product, so that ranks arrive apart and threads have to wake, and gives a new tensor.
+As in a run: each comes after a product, so that ranks arrive apart and threads have to wake, and from and to memory that no cache holds.
 """
 
 import time
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 from llmtrain.compat import all_gather_rows, reduce_scatter_rows
@@ -12,6 +13,8 @@ from llmtrain.layout.traffic import sent
 
 SMALL, LARGE = 2**14, 2**21
 """Numbers of the whole tensors by which a collective's start and its rate are told apart: 64 KiB and 8 MiB."""
+TENSORS = 8
+"""Of each size, in turn."""
 CALLS = {SMALL: 40, LARGE: 12}
 """How often each is made, after a quarter of them that warm up."""
 PRODUCT = (256, 768)
@@ -67,19 +70,20 @@ def _call(kind: str, group: Any, size: int, rank: int, count: int) -> Callable[[
     import torch
     import torch.distributed as dist
 
-    whole, part = torch.zeros(count), torch.zeros(count // size)
+    wholes, others = (cycle([torch.zeros(count) for _ in range(TENSORS)]) for _ in range(2))
+    parts = cycle([torch.zeros(count // size) for _ in range(TENSORS)])
     first = rank // size * size
     after, before = first + (rank + 1 - first) % size, first + (rank - 1 - first) % size
 
     def exchange() -> None:
-        waiting = dist.isend(whole, after, group=group)
-        dist.recv(torch.empty(count), before, group=group)
+        waiting = dist.isend(next(wholes), after, group=group)
+        dist.recv(next(others), before, group=group)
         waiting.wait()
 
     return {
-        "all_gather": lambda: all_gather_rows(torch.empty(count), part, group=group),
-        "reduce_scatter": lambda: reduce_scatter_rows(torch.empty(count // size), whole, group=group),
-        "all_reduce": lambda: dist.all_reduce(whole, group=group),
-        "all_to_all": lambda: dist.all_to_all_single(torch.empty(count), whole, group=group),
+        "all_gather": lambda: all_gather_rows(next(wholes), next(parts), group=group),
+        "reduce_scatter": lambda: reduce_scatter_rows(next(parts), next(wholes), group=group),
+        "all_reduce": lambda: dist.all_reduce(next(wholes), group=group),
+        "all_to_all": lambda: dist.all_to_all_single(next(others), next(wholes), group=group),
         "send": exchange,
     }[kind]
