@@ -110,11 +110,12 @@ def test_the_loss_scale_of_fp16_moves_as_under_engine_native(scaled, stage):
     assert [norm is None for norm in found["norms"]] == lost and found["scales"] == native["scales"]
     assert True in lost and any(after > before for before, after in pairwise(native["scales"])), "the scale falls and rises"
     assert all(found["alone"]) and found["taken"] == native["taken"] == lost.count(False)
-    for measure in ("losses", "norms"):
-        pairs = [(a, b) for a, b, gone in zip(found[measure], native[measure], lost) if not gone]
-        print(f"zero {stage}, {measure}: {max(abs(a - b) / b for a, b in pairs):.1e}")
-        # An fp32 weight that differs in its last bit may round to the other neighbour in fp16, whose steps are 1e-3.
-        assert all(a == pytest.approx(b, rel=1e-4) for a, b in pairs)
+    # Once weights have moved, one that differs in the last bit of fp32 may round to the other neighbour in fp16, whose steps are 1e-3.
+    for measure, bound in (("losses", 5e-4), ("norms", 2e-2)):
+        apart = [0.0 if gone else abs(a - b) / b for a, b, gone in zip(found[measure], native[measure], lost)]
+        moved = lost.index(False) + 1
+        print(f"zero {stage}, {measure}: {max(apart[:moved]):.1e} before the first update, {max(apart[moved:]):.1e} after it")
+        assert max(apart[:moved]) < 1e-6 and max(apart[moved:]) < bound
 
 
 @pytest.fixture(scope="module")
