@@ -104,8 +104,7 @@ def description(found: dict[str, Any], ranks: int) -> dict:
         "devices_per_node": ranks,
         "cores": len(allowed_cpus()) / threads(ranks),
         "rates": {
-            "attention": quantity(found["attention"]),
-            "attention_backward": quantity(found["attention_backward"]),
+            **{name: quantity(found[name]) for name in ("attention", "attention_backward", "context", "context_backward")},
             "memory": {"value": 1.0, "source": "the bandwidth is that of element-wise work"},
             "grouped": quantity(found["grouped"]),
             "launch": quantity(found["launch"]),

@@ -22,8 +22,8 @@ class Operator(NamedTuple):
 
 
 def rates(seconds: float) -> dict[str, float]:
-    """FLOP/s of products; rates of attention and experts over these, and of attention's backward pass over its forward pass; bytes/s of
-    element-wise work; seconds of a small operator. All ranks measure at once."""
+    """FLOP/s of products; rates of attention and experts over these, and of attention's backward passes over their forward passes; bytes/s
+    of element-wise work; seconds of a small operator. All ranks measure at once."""
     operators = {"float32": _products("float32"), "bfloat16": _products("bfloat16"), "grouped": _experts(), "bandwidth": _elementwise()}
     operators |= {"launch": _small(), **_attention()}
     each: dict[str, list[float]] = {name: [] for name in operators}
@@ -31,11 +31,11 @@ def rates(seconds: float) -> dict[str, float]:
         for name, one in operators.items():
             each[name].append(_seconds(one.call, seconds / ROUNDS) / one.amount)
     took = {name: sorted(times)[1] for name, times in each.items()}  # the best may be luck, and the others disturbed
-    backward = max(took["both"] * operators["both"].amount - took["attention"] * operators["attention"].amount, 1e-9)
-    forward, flops = 1 / took["attention"], operators["attention"].amount
     found = {name: 1 / took[name] for name in ("float32", "bfloat16", "bandwidth")} | {"launch": took["launch"]}
-    found |= {"grouped": took["float32"] / took["grouped"], "attention": forward / found["float32"]}
-    return found | {"attention_backward": 2.5 * flops / backward / forward}
+    found |= {name: took["float32"] / took[name] for name in ("grouped", "attention", "context")}
+    for name in ("attention", "context"):
+        found[f"{name}_backward"] = 2.5 * took[name] / max(took[f"{name}_both"] - took[name], 0.1 * took[name])
+    return found
 
 
 def _seconds(call: Callable[[], Any], least: float) -> float:
@@ -95,13 +95,30 @@ def _small() -> Operator:
 
 
 def _attention() -> dict[str, Operator]:
-    """Causal attention, forward alone and with its backward pass, counted as `simulate/blocks.py` counts its FLOPs."""
+    """Causal attention by the op that runs take on a processor, forward alone and with its backward pass, counted as `simulate/blocks.py`
+    counts its FLOPs; and of a piece of a row that context parallelism leaves to a rank, which another kernel takes."""
     import torch
+    from llmtrain_kernels.mask import Mask
+
+    from llmtrain.ops.sdpa import attention_sdpa
+    from llmtrain.ops.tiled_attention import attention_tiled
 
     q, k, v, grad = (torch.randn(BATCH, HEADS, LENGTH, WIDTH, requires_grad=True) for _ in range(4))
+    first, last = LENGTH // 2, LENGTH * 3 // 4
+    piece, piece_grad = (x.detach()[:, :, first:last].clone().requires_grad_() for x in (q, grad))
+    keys, values = (x.detach()[:, :, :last].clone().requires_grad_() for x in (k, v))
 
-    def run():
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def whole():
+        return attention_tiled(q, k, v, mask=Mask(causal=True))
+
+    def part():
+        return attention_sdpa(piece, keys, values, mask=Mask(causal=True), q_offset=first)
 
     flops = attention_flops(rows=BATCH * LENGTH, keys=(LENGTH + 1) / 2, heads=HEADS, width=2 * WIDTH)
-    return {"attention": Operator(run, flops), "both": Operator(lambda: torch.autograd.grad(run(), (q, k, v), grad), flops)}
+    less = attention_flops(rows=BATCH * (last - first), keys=(first + last) / 2, heads=HEADS, width=2 * WIDTH)
+    return {
+        "attention": Operator(whole, flops),
+        "attention_both": Operator(lambda: torch.autograd.grad(whole(), (q, k, v), grad), flops),
+        "context": Operator(part, less),
+        "context_both": Operator(lambda: torch.autograd.grad(part(), (piece, keys, values), piece_grad), less),
+    }
