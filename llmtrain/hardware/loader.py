@@ -53,6 +53,9 @@ class Rates(_Frozen):
     """Share of the peak in the forward pass of attention."""
     attention_backward: Quantity | None = None
     """Rate of its backward pass over that of the forward pass."""
+    context: Quantity | None = None
+    """As `attention`, under context parallelism, where another kernel serves it."""
+    context_backward: Quantity | None = None
     memory: Quantity | None = None
     """Share of the memory bandwidth that element-wise operations reach."""
     grouped: Quantity | None = None

@@ -23,7 +23,9 @@ class Pricer:
 
     def __init__(self, case: Case, rates: Rates, known: dict[tuple, Times] | None = None):
         self.case, self.rates, self.known = case, rates, {} if known is None else known
-        self.machine: Machine = machine(case.hardware, rates, dtype=case.dtype, fused=case.habits.fused, older=case.habits.older_attention)
+        self.machine: Machine = machine(
+            case.hardware, rates, dtype=case.dtype, fused=case.habits.fused, older=case.habits.older_attention, parted=case.cp > 1
+        )
         self.copies = case.model.ffn.top_k if case.model.ffn.kind == "moe" else 1
         hides = case.habits.ep_hidden or case.overlap_micro_batches
         self.hidden = {

@@ -129,8 +129,8 @@ class Machine:
         return item.flops * rate + item.bytes * self.product_byte + self.tail
 
 
-def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older: bool = False) -> Machine:
-    """The machine as `rates` have it; what its own description measures goes first.
+def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older: bool = False, parted: bool = False) -> Machine:
+    """The machine as `rates` have it; what its own description measures goes first. parted: attention under context parallelism.
 
     Raises UserError where no source gives its peak in `dtype`, its memory bandwidth or its links.
     """
@@ -143,10 +143,11 @@ def machine(hardware: Hardware, rates: Rates, *, dtype: str, fused: bool, older:
     product = peak * clock * _best(hardware, wide) * (1.0 if measured else _of(rates, "matrix", kind))
     narrow = dtype if dtype in hardware.peak and dtype in LOW else FP8
     low = (hardware.peak_flops(narrow) or peak) * clock * _best(hardware, FP8) * _of(rates, "matrix", kind) * rates.matrix_low
-    attention = peak * clock * (own.attention.value if own.attention else _of(rates, "attention", kind))
+    forward, backward = (own.context, own.context_backward) if parted and own.context else (own.attention, own.attention_backward)
+    attention = peak * clock * (forward.value if forward else _of(rates, "attention", kind))
     if older and kind == "nvidia" and FP8 in hardware.peak:
         attention *= rates.attention_older
-    back = own.attention_backward.value if own.attention_backward else _of(rates, "backward", kind)
+    back = backward.value if backward else _of(rates, "backward", kind)
     byte = 1 / (hardware.memory_bandwidth.value * (own.memory.value if own.memory else rates.memory))
     node = hardware.links["node"].value
     network = hardware.links.get("network", hardware.links["node"]).value

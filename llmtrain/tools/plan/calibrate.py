@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
@@ -18,13 +16,10 @@ from llmtrain.errors import UserError
 from llmtrain.hardware.cores import allowed_cpus, bind, place, read_cores
 from llmtrain.tools.plan.calibrate_links import collectives
 from llmtrain.tools.plan.calibrate_memory import retained
+from llmtrain.tools.plan.calibrate_operators import rates
 
 SECONDS = 0.9
-"""That each operator is measured for if not said, after a third of them to warm up."""
-BATCH, HEADS, LENGTH, WIDTH = 4, 4, 512, 64
-"""Of the attention that is measured."""
-GATE = (1024, 768, 2048)
-"""Rows, model width and inner width of the element-wise operators."""
+"""That each operator is measured for if not said."""
 
 
 def main(argv: list[str]) -> int:
@@ -82,88 +77,12 @@ def _measure(rank: int, ranks: int, store: Path, least: float) -> dict[str, Any]
     bind(place(ranks, rank, cores=read_cores(allowed_cpus())).cpus)  # as the launcher binds the ranks of a run
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    found: dict[str, Any] = {name: _products(getattr(torch, name), least) for name in ("float32", "bfloat16")}
-    found |= {"grouped": _grouped(least) / found["float32"], "bandwidth": _elementwise(least), "launch": _small(least)}
-    forward, backward = _attention(least)
-    found |= {"attention": forward / found["float32"], "attention_backward": backward / forward}
+    found: dict[str, Any] = rates(least)
     found["collectives"] = collectives(rank, ranks) if ranks > 1 else []
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
     return found
-
-
-def _seconds(call: Callable[[], Any], least: float) -> float:
-    """Of one call, on average over `least` seconds after a third of them that warm caches and clock up; all ranks at once."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.barrier()
-    for stretch in (least / 3, least):
-        started, calls = time.perf_counter(), 0
-        while (spent := time.perf_counter() - started) < stretch:
-            call()
-            calls += 1
-    return spent / calls
-
-
-def _products(dtype, least: float) -> float:
-    """FLOP/s of the three products of a layer and its backward pass, [1024,768] by [768,768], about what a small model's blocks have."""
-    import torch
-
-    x, w, g = torch.randn(1024, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype), torch.randn(1024, 768, dtype=dtype)
-    return 3 * 2 * 1024 * 768 * 768 / _seconds(lambda: (torch.nn.functional.linear(x, w), g @ w, g.t() @ x), least)
-
-
-def _grouped(least: float) -> float:
-    """FLOP/s of the same for the few rows that come to each of eight experts."""
-    import torch
-
-    x, g = torch.randn(8, 192, 320), torch.randn(8, 192, 640)
-    w = torch.randn(8, 640, 320)
-    flops = 3 * 2 * 8 * 192 * 320 * 640
-    return flops / _seconds(lambda: [(torch.nn.functional.linear(a, b), c @ b, c.t() @ a) for a, b, c in zip(x, w, g)], least)
-
-
-def _elementwise(least: float) -> float:
-    """Bytes/s of a norm, a gate and a sum, forward and backward, counted as `simulate/blocks.py` counts them."""
-    import torch
-    import torch.nn.functional as F
-
-    rows, hidden, inside = GATE
-    x, gate, up = (torch.randn(rows, size, requires_grad=True) for size in (hidden, inside, inside))
-    weight = torch.ones(hidden, requires_grad=True)
-
-    def run():
-        outs = (F.rms_norm(x, (hidden,), weight), F.silu(gate) * up, x + x.detach())
-        torch.autograd.grad(outs, (x, gate, up, weight), outs)
-
-    return 4 * rows * (hidden * (2 + 3 + 6) + inside * (3 + 5)) / _seconds(run, least)
-
-
-def _small(least: float) -> float:
-    """Seconds of a layer that computes next to nothing."""
-    import torch
-
-    layer, x = torch.nn.Linear(8, 8), torch.randn(8, 8)
-    return _seconds(lambda: [layer(x) for _ in range(100)], least) / 100
-
-
-def _attention(least: float) -> tuple[float, float]:
-    """FLOP/s of causal attention, forward and backward, counted as `simulate/blocks.py` counts them."""
-    import torch
-
-    from llmtrain.simulate.blocks import attention_flops
-
-    q, k, v, grad = (torch.randn(BATCH, HEADS, LENGTH, WIDTH, requires_grad=True) for _ in range(4))
-
-    def run():
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    flops = attention_flops(rows=BATCH * LENGTH, keys=(LENGTH + 1) / 2, heads=HEADS, width=2 * WIDTH)
-    forward = _seconds(run, least)
-    both = _seconds(lambda: torch.autograd.grad(run(), (q, k, v), grad), least)
-    return flops / forward, 2.5 * flops / max(both - forward, 0.1 * both)
 
 
 def description(found: dict[str, Any], ranks: int) -> dict:
@@ -185,8 +104,7 @@ def description(found: dict[str, Any], ranks: int) -> dict:
         "devices_per_node": ranks,
         "cores": len(allowed_cpus()) / threads(ranks),
         "rates": {
-            "attention": quantity(found["attention"]),
-            "attention_backward": quantity(found["attention_backward"]),
+            **{name: quantity(found[name]) for name in ("attention", "attention_backward", "context", "context_backward")},
             "memory": {"value": 1.0, "source": "the bandwidth is that of element-wise work"},
             "grouped": quantity(found["grouped"]),
             "launch": quantity(found["launch"]),

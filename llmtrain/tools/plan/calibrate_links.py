@@ -6,6 +6,7 @@ As in a run: each comes after a product, so that ranks arrive apart and threads 
 import time
 from collections.abc import Callable
 from itertools import cycle
+from statistics import median
 from typing import Any
 
 from llmtrain.compat import all_gather_rows, reduce_scatter_rows
@@ -57,13 +58,13 @@ def _spent(kind: str, group: Any, size: int, rank: int, count: int) -> float:
     call = _call(kind, group, size, rank, count)
     rows, width = PRODUCT
     a, b = torch.randn(rows, width), torch.randn(width, width)
-    spent = 0.0
-    for number in range(calls + calls // 4):
+    times = []
+    for _ in range(calls + calls // 4):
         a @ b
         started = time.perf_counter()
         call()
-        spent += (time.perf_counter() - started) * (number >= calls // 4)
-    return spent / calls
+        times.append(time.perf_counter() - started)
+    return median(times[calls // 4 :])
 
 
 def _call(kind: str, group: Any, size: int, rank: int, count: int) -> Callable[[], Any]:
