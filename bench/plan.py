@@ -177,12 +177,9 @@ def page(rows: list[Row], options: argparse.Namespace) -> str:
     """The result."""
     pairs = [(a, b) for a, b in combinations(rows, 2)]
     right = sum((a.measured < b.measured) == (a.predicted < b.predicted) for a, b in pairs)
-    how = f"`{' '.join(['bench/plan.py', *sys.argv[1:]])}`, {os.cpu_count()} cores"
-    how += (
-        f"; runs measured by an earlier call, {options.measured}"
-        if options.measured
-        else f"; {options.repeats} repeats of {options.steps} steps"
-    )
+    how = f"{os.cpu_count()} cores; {options.repeats} repeats of {options.steps} steps"
+    if options.measured:
+        how += "; runs measured by an earlier call of this bench, predicted anew (`--measured`) after calibrating anew"
     lines = ["# Predicted and measured on a CPU", "", f"{how}."]
     lines += ["", "| run | ranks | step | spread of repeats | predicted | error | memory | predicted | error |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
