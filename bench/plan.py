@@ -11,7 +11,6 @@ the runs have other shapes. bench/README.md says more.
 import argparse
 import json
 import os
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from itertools import combinations
