@@ -10,12 +10,14 @@ the runs have other shapes. bench/README.md says more.
 
 import argparse
 import json
-import os
 import tempfile
+import time
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
+
+from train_peers.report import commit, machine
 
 from llmtrain.config.run import RunConfig
 from llmtrain.hardware import load
@@ -176,15 +178,18 @@ def page(rows: list[Row], options: argparse.Namespace) -> str:
     """The result."""
     pairs = [(a, b) for a, b in combinations(rows, 2)]
     right = sum((a.measured < b.measured) == (a.predicted < b.predicted) for a, b in pairs)
-    how = f"{os.cpu_count()} cores; {options.repeats} repeats of {options.steps} steps"
-    if options.measured:
-        how += "; runs measured by an earlier call of this bench, predicted anew (`--measured`) after calibrating anew"
+    how = f"{time.strftime('%Y-%m-%d')}, commit {commit()}; {machine()}"
+    how += (
+        "; calibrated and predicted anew (`--measured`) beside what an earlier call has measured"
+        if options.measured
+        else f"; {options.repeats} repeats of {options.steps} steps"
+    )
     lines = ["# Predicted and measured on a CPU", "", f"{how}."]
     lines += ["", "| run | ranks | step | spread of repeats | predicted | error | memory | predicted | error |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for one in rows:
-        time, size = one.predicted / one.measured - 1, one.predicted_memory / one.memory - 1
-        cells = f"{one.measured:.3f} s | {one.spread:.1%} | {one.predicted:.3f} s | {time:+.0%}"
+        off, size = one.predicted / one.measured - 1, one.predicted_memory / one.memory - 1
+        cells = f"{one.measured:.3f} s | {one.spread:.1%} | {one.predicted:.3f} s | {off:+.0%}"
         sizes = f"{one.memory / 2**20:.0f} MiB | {one.predicted_memory / 2**20:.0f} MiB | {size:+.0%}"
         lines.append(f"| {one.run.name} | {one.run.ranks} | {cells} | {sizes} |")
     mean, held = (fmean(abs(value) for value in found) for found in _errors(rows))

@@ -26,8 +26,8 @@ def own_folder(cfg: RunConfig) -> str | None:
 def in_order(sizes: Mapping[str, int], *, ranks: int) -> list[str]:
     """Names of parameters, the largest first, for optimizers that are swapped.
 
-    DeepSpeed reads the gradient of a large parameter straight to its place in a group. If what comes before it in the group is not aligned,
-    the read fails, which DeepSpeed 0.19.8 does not notice. Raises UserError for a large parameter that would put the next one there.
+    DeepSpeed 0.19.8 reads the gradient of a large parameter straight to its place in a group. Where what comes before it in the group was
+    not aligned, gradients were wrong without a word. Raises UserError for a large parameter that would put the next one there.
     """
     parts = {name: -(-size // ranks) for name, size in sizes.items()}
     for name, part in parts.items():
