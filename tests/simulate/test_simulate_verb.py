@@ -130,14 +130,19 @@ def test_the_papers_figures():
     assert 2.0 < bigmac_speedup(4) < 2.8 and 2.4 < bigmac_speedup(8) < 3.2  # the paper: 2.37 and 2.95
 
 
-def test_calibration_is_read_back(tmp_path):
+@pytest.mark.parametrize("ranks", [2, 3])  # 3: no power of two, and no pairs
+def test_calibration_is_read_back(ranks, tmp_path):
     out = tmp_path / "mine.yaml"
-    words = ["plan", "calibrate", "--ranks", "2", "--seconds", "0.05", "--out", str(out)]
+    words = ["plan", "calibrate", "--ranks", str(ranks), "--seconds", "0.05", "--out", str(out)]
     subprocess.run([sys.executable, "-m", "llmtrain", *words], cwd=ROOT, check=True, capture_output=True)
     machine = load(str(out))
-    assert machine.peak_flops("float32") > 1e9 and machine.devices_per_node == 2 and machine.cores
+    assert machine.peak_flops("float32") > 1e9 and machine.devices_per_node == ranks and machine.cores
     kinds = {(one.kind, one.ranks) for one in machine.rates.collectives if one.value > 1e6}
-    assert kinds == {(kind, 2) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")}
-    small = {"model": {"preset": "smollm2_135m"}, "parallel": {"dp_shard": 2}, "train": {"steps": 1}}
-    case = case_of(RunConfig.load(small), machine, 2)
-    assert case.devices == 2 and price(case, fitted()).parts["dp sends"] > 0
+    assert kinds == {(kind, ranks) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")}
+    small = {
+        "model": {"preset": "smollm2_135m"},
+        "parallel": {"dp_shard": ranks},
+        "train": {"steps": 1, "global_batch": 6, "micro_batch": 1},
+    }
+    case = case_of(RunConfig.load(small), machine, ranks)
+    assert case.devices == ranks and price(case, fitted()).parts["dp sends"] > 0

@@ -1,4 +1,4 @@
-"""How long gloo's collectives take between ranks that share a machine: each kind over pairs and over all, all groups at once.
+"""How long gloo's collectives take between ranks that share a machine: each kind over all and, of an even number, over pairs, all at once.
 
 As in a run: each comes after a product, so that ranks arrive apart and threads have to wake, and from and to memory that no cache holds.
 """
@@ -30,9 +30,9 @@ def collectives(rank: int, ranks: int) -> Found:
     import torch.distributed as dist
 
     found: Found = []
-    for size in sorted({2, ranks}):
-        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks - size + 1, size)]
-        group = groups[rank // size] if rank // size < len(groups) else None
+    for size in sorted({2, ranks}) if ranks % 2 == 0 else (ranks,):  # no rank is left without a pair
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
+        group = groups[rank // size]
         for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"):
             spent = {count: _spent(kind, group, size, rank, count) for count in CALLS}
             small, large = (sent(kind, _unit(kind, 4 * count, size), size) for count in CALLS)
@@ -53,8 +53,6 @@ def _spent(kind: str, group: Any, size: int, rank: int, count: int) -> float:
 
     calls = CALLS[count]
     dist.barrier()
-    if group is None:  # ranks that are left over where the size does not divide them all
-        return 1.0
     call = _call(kind, group, size, rank, count)
     rows, width = PRODUCT
     a, b = torch.randn(rows, width), torch.randn(width, width)
@@ -71,8 +69,9 @@ def _call(kind: str, group: Any, size: int, rank: int, count: int) -> Callable[[
     import torch
     import torch.distributed as dist
 
-    wholes, others = (cycle([torch.zeros(count) for _ in range(TENSORS)]) for _ in range(2))
-    parts = cycle([torch.zeros(count // size) for _ in range(TENSORS)])
+    part = count // size
+    wholes, others = (cycle([torch.zeros(part * size) for _ in range(TENSORS)]) for _ in range(2))
+    parts = cycle([torch.zeros(part) for _ in range(TENSORS)])
     first = rank // size * size
     after, before = first + (rank + 1 - first) % size, first + (rank - 1 - first) % size
 
