@@ -23,7 +23,7 @@ from llmtrain.config.run import RunConfig
 from llmtrain.hardware import load
 from llmtrain.simulate.case import Case
 from llmtrain.simulate.events import replay
-from llmtrain.simulate.memory import peak
+from llmtrain.simulate.memory import memory
 from llmtrain.simulate.of_config import case_of
 from llmtrain.simulate.rates import fitted
 from llmtrain.tools.plan.calibrate_memory import command, corpus
@@ -129,7 +129,7 @@ def calibrated(folder: Path, ranks: int) -> Path:
 
 @dataclass(frozen=True)
 class Row:
-    """A run, measured and predicted: seconds, and bytes of the fullest rank."""
+    """A run, measured and predicted: seconds, and bytes of rank 0."""
 
     run: Run
     seconds: tuple[float, ...]
@@ -158,7 +158,7 @@ def row(run: Run, folder: Path, machine: Path, options: argparse.Namespace, know
         found = [measure(run, folder / str(repeat), folder, options.steps) for repeat in range(options.repeats)]
         times, held = tuple(time for time, _ in found), max(size for _, size in found)
     asked = case(run, folder, options.steps, machine)
-    return Row(run, times, held, replay(asked, fitted()).step.seconds, peak(asked))
+    return Row(run, times, held, replay(asked, fitted()).step.seconds, memory(asked)[0].total)
 
 
 def measure(run: Run, place: Path, folder: Path, steps: int) -> tuple[float, float]:

@@ -64,8 +64,9 @@ class Rates(_Frozen):
     """Each kind of collective by itself; where there are any, `links` and `latency` are not asked."""
     process: Quantity | None = None
     """Bytes of a process that trains, beside its tensors, where devices are ranks on a processor."""
-    retained: Quantity | None = None
-    """Bytes that its allocator holds for each byte of tensors."""
+    retained: dict[str, Quantity] = {}
+    """Bytes that its allocator keeps for each byte of tensors (`all`), and besides, in runs with these axes, for each byte of gathered
+    parameters (`fsdp`) and of activations (`tp`, `cp`, `pp`)."""
     launch: Quantity | None = None
     """Seconds of the host's time for an operation."""
     latency: Quantity | None = None

@@ -67,8 +67,17 @@ def _of_rank(case: Case, rank: int, count: float, temporary: float, blocks: tupl
     total = parameters + gradients + masters + moments + activations + logits + buffers
     own = case.hardware.rates
     fragments = FRAGMENTS * total + WORKSPACE if habits.reserved else 0.0
-    fragments += (own.process.value if own.process else 0.0) + (own.retained.value - 1 if own.retained else 0.0) * total
+    fragments += (own.process.value if own.process else 0.0) + _retained(case, total, activations, held)
     return Memory(parameters, gradients, masters + moments, activations, logits, buffers, fragments)
+
+
+def _retained(case: Case, total: float, activations: float, held: Held) -> float:
+    """What an allocator of the host keeps: threads that send, and tensors that come and go, leave holes in its heaps."""
+    sharded = case.shard == "zero3"
+    whole = {"fsdp": held.dense, "efsdp": held.experts}
+    of = {"all": total, "fsdp": sum(case.width * n for axis, n in whole.items() if sharded and group(case, axis).ranks > 1)}
+    of |= {axis: activations for axis in ("tp", "cp", "pp") if getattr(case, axis) > 1}
+    return sum(share.value * of.get(name, 0.0) for name, share in case.hardware.rates.retained.items())
 
 
 def _state(case: Case, held: Held) -> tuple[float, float, float, float]:

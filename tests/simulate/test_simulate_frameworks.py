@@ -4,12 +4,13 @@ import pytest
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.run import RunConfig
-from llmtrain.hardware import load
+from llmtrain.hardware import Quantity, load
 from llmtrain.simulate.case import Case
 from llmtrain.simulate.engines import fits
 from llmtrain.simulate.habits import Habits
+from llmtrain.simulate.held import rank_held
 from llmtrain.simulate.links import Group, seconds
-from llmtrain.simulate.memory import memory
+from llmtrain.simulate.memory import Memory, memory
 from llmtrain.simulate.of_config import case_of
 from llmtrain.simulate.published import read
 from llmtrain.simulate.rates import Rates, machine
@@ -88,3 +89,24 @@ def test_ranks_that_share_cores_hide_nothing_and_lend_what_they_leave():
     one = Case(model=model, hardware=shared, seq_len=64, pp=4, micros=4)
     apart, together = (price(one.with_(hardware=hardware), Rates()) for hardware in (given, shared))
     assert together.parts["bubble"] < 0.7 * apart.parts["bubble"]  # of two stages on a core one computes while the other waits
+
+
+def test_what_an_allocator_keeps_follows_from_the_axes():
+    values = {"vocab_size": 512, "layers": 4, "hidden": 64, "attention": {"heads": 4}, "ffn": {"hidden": 128}, "max_seq_len": 64}
+    model, given = ModelConfig.model_validate(values), load("h100-80")
+    shares = {"all": 0.2, "fsdp": 3.0, "tp": 2.0}
+    rates = given.rates.model_copy(update={"retained": {name: Quantity(value=value, source="") for name, value in shares.items()}})
+    keeping = given.model_copy(update={"rates": rates})
+
+    def kept(**mesh) -> tuple[float, Memory]:
+        case = Case(model=model, hardware=given, seq_len=64, micros=4, shard="zero3", **mesh)
+        plain, more = memory(case)[0], memory(case.with_(hardware=keeping))[0]
+        return more.total - plain.total, plain
+
+    one, held = kept()
+    assert one == pytest.approx(0.2 * (held.total - held.fragments))
+    gathered = 2 * rank_held(Case(model=model, hardware=given), 0).all  # bytes, in 16 bits
+    two, held = kept(dp=2)
+    assert two == pytest.approx(0.2 * (held.total - held.fragments) + 3.0 * gathered)
+    split, held = kept(tp=2)
+    assert split == pytest.approx(0.2 * (held.total - held.fragments) + 2.0 * held.activations)

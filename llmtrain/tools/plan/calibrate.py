@@ -31,9 +31,10 @@ def main(argv: list[str]) -> int:
     found = measured(options.ranks, options.seconds)
     values = description(found, options.ranks)
     if options.memory:
-        source = f"two runs of `llmtrain plan calibrate --ranks {options.ranks} --memory`"
-        both = zip(("process", "retained"), retained(values, options.ranks))
-        values["rates"] |= {name: {"value": float(f"{value:.4g}"), "source": source} for name, value in both}
+        source = f"small runs of `llmtrain plan calibrate --ranks {options.ranks} --memory`"
+        process, kept = retained(values, options.ranks)
+        values["rates"]["process"] = {"value": float(f"{process:.4g}"), "source": source}
+        values["rates"]["retained"] = {name: {"value": float(f"{value:.3g}"), "source": source} for name, value in kept.items()}
     Path(options.out).write_text(yaml.safe_dump(values, sort_keys=False))
     rates = f"{found['float32'] / 1e9:,.0f} GFLOP/s in fp32, {found['bandwidth'] / 1e9:,.1f} GB/s"
     print(f"wrote {options.out}: {rates}, for each of {options.ranks}")
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("llmtrain plan calibrate", description="measure this machine (CPU) and write its description")
     found.add_argument("--ranks", type=int, default=1, help="processes that a run will have here, which share its cores and memory (1)")
     found.add_argument("--out", default="this-machine.yaml", metavar="FILE", help="this-machine.yaml if not given")
-    found.add_argument("--memory", action="store_true", help="measure what processes hold beside tensors, too, by two small runs")
+    found.add_argument("--memory", action="store_true", help="measure what processes hold beside tensors, too, by small runs")
     found.add_argument("--seconds", type=float, default=SECONDS, help=f"how long each operator is measured ({SECONDS})")
     found.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     found.add_argument("--store", default="", help=argparse.SUPPRESS)
