@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmtrain.config import fields
+from llmtrain.config.base import Section
 from llmtrain.config.errors import ConfigError
 from llmtrain.config.layer import Key, Layer, Path, dotted
 
@@ -45,11 +46,20 @@ def _message(item: dict[str, Any], path: Path, layer: Layer) -> str:
     if item["type"] == "missing":
         return f"{dotted(path)}: must be given, {allowed}{came}"
     if item["type"].startswith("union_tag"):
-        kinds = [k for t in choices for s in fields.sections(t) for k in fields.literals(s, "kind")]
-        given = item["input"].get("kind") if isinstance(item["input"], dict) else item["input"]
-        came = f" ({layer.where((*path, 'kind')) or layer.where(path)})"
-        return f"{dotted((*path, 'kind'))}: {given!r} is not allowed{came}; allowed: one of {', '.join(kinds)}{_near(str(given), kinds)}"
+        return _kind(item["input"], path, layer, [section for choice in choices for section in fields.sections(choice)])
     return f"{dotted(path)}: {_shown(item['input'])} is not allowed{came}; allowed: {allowed}{_closest(item['input'], choices)}"
+
+
+def _kind(value: Any, path: Path, layer: Layer, sections: list[type[Section]]) -> str:
+    """Of a section that `kind` chooses, whose kind is missing or not one of `sections`."""
+    given = value if not isinstance(value, dict) else value.get("kind")
+    kinds = [kind for section in sections for kind in fields.literals(section, "kind")]
+    name, came = dotted((*path, "kind")), f" ({layer.where((*path, 'kind')) or layer.where(path)})"
+    if given is not None:
+        return f"{name}: {given!r} is not allowed{came}; allowed: one of {', '.join(kinds)}{_near(str(given), kinds)}"
+    having = [kind for section in sections if set(value) <= set(section.model_fields) for kind in fields.literals(section, "kind")]
+    whose = f"; with {', '.join(dotted((*path, key)) for key in value)}: {', '.join(having)}" if value and having else ""
+    return f"{name}: must be given, one of {', '.join(kinds)}{came}{whose}"
 
 
 def _own_words(item: dict[str, Any]) -> str:

@@ -30,6 +30,10 @@ def message(words=(), text=None, tmp_path=None):
             "model.norm.c_ffn: 'atuo' is not allowed (command line); allowed: a number > 0 or auto; did you mean",
         ),
         (["--model.preset", "lama3_8b"], "did you mean llama3_8b?"),
+        (
+            ["--engine.zero", "3"],
+            "engine.kind: must be given, one of native, deepspeed, megatron (command line); with engine.zero: deepspeed",
+        ),
         (["--engine", "fast"], "engine.kind: 'fast' is not allowed (command line); allowed: "),
         (
             ["--model.position.scaling.kind", "yarm"],
