@@ -83,7 +83,7 @@ def _bootstrap(edits: np.ndarray, tokens: np.ndarray) -> float:
 
 def of_files(references: Path, hypotheses: Path, *, normalised: bool = True) -> list[Rate]:
     """Of two text files, an utterance a line."""
-    texts = [path.read_text(encoding="utf-8").splitlines() for path in (references, hypotheses)]
+    texts = [path.read_text(encoding="utf-8").removesuffix("\n").split("\n") for path in (references, hypotheses)]
     return error_rates(*texts, normalised=normalised)
 
 

@@ -103,7 +103,7 @@ def _prompts(options: argparse.Namespace) -> list[dict]:
     if options.prompts == "-" and ranks_of(options) > 1:
         raise UserError("--prompts - reads stdin, which the ranks of --tp, --pp and --ep do not have; give a file")
     if options.prompts:
-        lines = (sys.stdin.read() if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8")).splitlines()
+        lines = (sys.stdin.read() if options.prompts == "-" else Path(options.prompts).read_text(encoding="utf-8")).split("\n")
         as_json = options.prompts.endswith((".jsonl", ".ndjson"))
         prompts += [
             _parse_line(options.prompts, n, line) if as_json else {"prompt": line} for n, line in enumerate(lines, 1) if line.strip()

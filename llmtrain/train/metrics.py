@@ -154,7 +154,7 @@ def read_metrics(path: Path) -> list[dict]:
 
     Raises UserError for a broken line elsewhere.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a sample may hold what splitlines takes for an end
     result = []
     for number, line in enumerate(lines, start=1):
         try:

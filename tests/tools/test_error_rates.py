@@ -45,6 +45,9 @@ def test_the_verb(tmp_path, capsys):
     assert evaluate.main(["error-rate", str(tmp_path / "r"), str(tmp_path / "h"), "--out", str(tmp_path / "o.json")]) == 0
     assert "| mixed | 42.86 |" in capsys.readouterr().out
     assert json.loads((tmp_path / "o.json").read_text())["results"][0]["edits"] == 3
+    for name in "rh":
+        (tmp_path / name).write_text("a\u2028b\nc\n")  # two utterances
+    assert evaluate.main(["error-rate", str(tmp_path / "r"), str(tmp_path / "h"), "--out", str(tmp_path / "o.json")]) == 0
     (tmp_path / "h").write_text("one")
     with pytest.raises(UserError, match="2 references and 1 hypotheses"):
         evaluate.main(["error-rate", str(tmp_path / "r"), str(tmp_path / "h")])

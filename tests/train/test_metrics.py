@@ -29,6 +29,13 @@ def test_a_line_is_valid_json_at_once_and_comes_back(tmp_path):
     assert math.isnan(back[0]["grad_norm"]) and back[1]["loss"] == math.inf and back[0]["samples"] == [8, 4]
 
 
+def test_text_with_line_separators_is_one_line(tmp_path):
+    sink, text = JsonlSink(tmp_path / "metrics.jsonl"), "a\u2028b\x85c\x0cd\re\nf"
+    sink.write(1, {"kind": "sample", "text": text})
+    sink.write(2, TRAIN)
+    assert [line.get("text") for line in read_metrics(tmp_path / "metrics.jsonl")] == [text, None]
+
+
 def test_numbers_survive_exactly(tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.write(1, {"kind": "train", "loss": 0.1 + 0.2})

@@ -56,7 +56,7 @@ def write_lines(path: str | Path, values: Iterable[dict[str, Any]]) -> None:
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The mappings of a file of JSON lines. Raises DataError that names the line."""
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -132,6 +133,9 @@ def test_a_labelled_file(tmp_path):
 def test_rungs_on_disk(tmp_path):
     write_rungs(tmp_path / "r.jsonl", [RUNG, Rung(ONE)])
     assert read_rungs(tmp_path / "r.jsonl") == [RUNG, Rung(ONE)]
+    apart = replace(ONE, question="a\u2028b\x85c")
+    write_rungs(tmp_path / "r.jsonl", [Rung(apart), RUNG])
+    assert read_rungs(tmp_path / "r.jsonl") == [Rung(apart), RUNG]
     (tmp_path / "r.jsonl").write_text('{"question": "a"}')
     with pytest.raises(DataError, match=r"r.jsonl, line 1: no 'answer'"):
         read_rungs(tmp_path / "r.jsonl")
