@@ -87,7 +87,9 @@ def config(arm: str, *, rate: float, seed: int, data: Path, output: Path, base: 
 
 
 def train(cfg) -> list[dict]:
-    """Run the stage unless it is done; the rounds' results."""
+    """Run the stage unless it is done; the rounds' results, with what solutions of unseen instances get right of their sums."""
+    from sums_of import shares
+
     from llmtrain import run
 
     done = Path(cfg.output) / cfg.name / "results.json"
@@ -95,7 +97,12 @@ def train(cfg) -> list[dict]:
         result = run(cfg, stage="metaladder")
         if not result.done:
             raise SystemExit(f"{cfg.name} ended with exit code {int(result)}; started again, this goes on there")
-    return json.loads(done.read_text())
+    rounds, asked = json.loads(done.read_text()), Path(cfg.metaladder.data) / "unseen_instances.jsonl"
+    for one in rounds:
+        for how, scores in one["answers"]["unseen_instances"].items():
+            answers = done.parent / "answers" / f"round-{one['round']}-unseen_instances-{how}.json"
+            scores["begun"], scores["true"] = shares(answers, asked)
+    return rounds
 
 
 def chosen(rates: tuple[float, ...], **shared) -> float:

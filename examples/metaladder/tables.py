@@ -22,18 +22,25 @@ def write_results(folder: Path, found: dict[str, list[dict]], *, rate: float) ->
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"rate": rate, "rows": found}, indent=1) + "\n")
     seeds = max(map(len, found.values()))
-    head = "| trained as | inference | steps | " + " | ".join(SETS.values()) + " | tokens | seconds |"
+    head = "| trained as | inference | steps | " + " | ".join(SETS.values()) + " | first sum | sums true | tokens | seconds |"
     title = f"# Results: {seeds} seed{'s' * (seeds > 1)}, learning rate {rate:g}"
-    lines = [title, "", head, "|---|---|--:|--:|--:|--:|--:|"]
+    lines = [title, "", head, "|---|---|--:|--:|--:|--:|--:|--:|--:|"]
     for row, runs in found.items():
         for how in runs[0]["answers"]["unseen_instances"]:
             cells = [_spread([run["answers"][name][how]["accuracy"] for run in runs]) for name in SETS]
             each = [run["answers"]["unseen_instances"][how] for run in runs]
+            cells += [_spread([one[key] for one in each]) for key in ("begun", "true")]
             tokens, seconds = fmean(one["tokens"] for one in each), min(one["seconds"] for one in each)
-            lines.append(f"| {row} | {how} | {runs[0]['steps']:,} | {' | '.join(cells)} | {tokens:.0f} | {seconds:.3f} |")
+            lines.append(
+                f"| {row} | {how} | {fmean(run['steps'] for run in runs):,.0f} | {' | '.join(cells)} | {tokens:.0f} | {seconds:.3f} |"
+            )
     error = max(run["answers"]["unseen_instances"]["plain"]["error"] for runs in found.values() for run in runs)
     lines += ["", f"Mean and standard deviation over seeds, percent. Standard error of one run's accuracy: at most {error:.1%}."]
     lines[-1] += " Seconds per answer are the least of a seed."
+    lines += [
+        "",
+        "First sum, sums true: shares of the solutions of unseen instances that begin with the sum wanted, and that have no false sum.",
+    ]
     if CONTROL in found:
         lines += ["", _window(fmean(run["answers"]["unseen_instances"]["plain"]["accuracy"] for run in found[CONTROL]))]
     lines += ["", "The paper, Llama3-8B on 15K problems of GSM8K and MATH (arXiv 2503.14891):", "", PAPER, ""]
