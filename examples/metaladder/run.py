@@ -88,7 +88,7 @@ def config(arm: str, *, rate: float, seed: int, data: Path, output: Path, base: 
 
 def train(cfg) -> list[dict]:
     """Run the stage unless it is done; the rounds' results, with what solutions of unseen instances get right of their sums."""
-    from sums_of import shares
+    from solution_sums import shares
 
     from llmtrain import run
 

@@ -21,3 +21,15 @@ def test_the_small_run(tmp_path):
     assert text.count("| shortcut |") == 2 and text.count("| plain |") == 3 and "| MetaLadder | 66.2 |" in text
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert list(rows) == ["CoT, equal tokens", "MetaLadder", "MetaLadder + self-evolve"]
+
+
+def test_what_solutions_get_wrong(tmp_path):
+    sys.path.append(str(ROOT / "examples/metaladder"))
+    from solution_sums import shares
+
+    problem = {"id": "1", "question": "q", "solution": "2 + 3 = 5, 5 * 2 = 10. The answer is 10.", "answer": "10"}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem))
+    analogy = "Similar Problem:\n9 + 9 = 1\n\nSolution to the Original Problem:\n"
+    texts = (analogy + "2 + 3 = 5", "2 + 3 = 6", "3 + 3 = 6", "no sum")
+    (tmp_path / "answers.json").write_text(json.dumps({"answers": [{"id": "1", "text": text} for text in texts]}))
+    assert shares(tmp_path / "answers.json", tmp_path / "problems.jsonl") == (0.5, 0.5)

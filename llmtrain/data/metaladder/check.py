@@ -24,14 +24,21 @@ def fault(solution: str, answer: str) -> str | None:
 
     Checked are equations between plain numbers, and that the solution states `answer` at its end.
     """
-    for left, right in equations(solution):
-        value, stated = _value(left), number(right)
-        if value is not None and stated is not None and abs(value - stated) > TOLERANCE:
-            return f"{left} = {right} is not true"
+    if wrong := false_equation(solution):
+        return f"{wrong} is not true"
     stated = extract(solution)
     if stated is None:
         return "it states no answer"
     return None if equal(stated, answer, symbolic=False) else f"it states the answer {stated}, not {answer}"
+
+
+def false_equation(text: str) -> str | None:
+    """The first equation of plain numbers in a text that is not true: "2 + 2 = 5"."""
+    for left, right in equations(text):
+        value, stated = _value(left), number(right)
+        if value is not None and stated is not None and abs(value - stated) > TOLERANCE:
+            return f"{left} = {right}"
+    return None
 
 
 def _value(expression: str) -> Fraction | None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from llmtrain.data.metaladder.check import equations, fault
+from llmtrain.data.metaladder.check import equations, false_equation
 from llmtrain.data.metaladder.problem import read_problems
 from llmtrain.data.metaladder.render import ORIGINAL_SOLUTION
 
@@ -17,5 +17,5 @@ def shares(answers: Path, problems: Path) -> tuple[float, float]:
         solution = answer["text"].rpartition(ORIGINAL_SOLUTION)[2]
         sums = equations(solution)
         begun += bool(sums) and sums[0][0] == equations(solutions[answer["id"]])[0][0]
-        true += bool(sums) and "not true" not in (fault(solution, "") or "")
+        true += bool(sums) and not false_equation(solution)
     return begun / len(answered), true / len(answered)
